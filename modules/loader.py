@@ -1,0 +1,351 @@
+"""Decides which models are in memory. Only this file starts, swaps or stops one.
+
+    with loader.lease(spec, needs_bytes=n, report=tell) as engine:
+        for event in engine.generate(start): ...
+
+There is no public `load()`. Whether a start is needed is decided here, under the lock
+that owns the answer; `snapshot()` is for showing, never for deciding.
+
+One model goes through
+
+    ABSENT -> LOADING -> READY <-> LEASED (n answers) -> DRAINING -> UNLOADING -> ABSENT
+                 |                                                        ^
+                 `-> ABSENT (the reason goes to whoever asked; what had   |
+                     been unloaded for it is loaded again: RESTORING)     |
+    a crash takes READY, LEASED or DRAINING to ABSENT at once ------------'
+
+Several models stay in memory within the budget; the least recently used goes first.
+Requests for a model in memory are served at once and batched by its engine. Requests
+that need a swap wait in one queue, first come first served. A model that must make
+room finishes its answers first, and takes newcomers only until the first in the
+queue has waited `patience_s`; so nobody waits for ever and models do not thrash.
+No background task ever causes a swap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, TurntableError
+from modules.messages import EngineSpec, Loading, Queued
+from modules.process import EngineKind, EngineProcess, Limits
+
+LEFTOVER_BYTES = 64 << 20  # more than this after an unload in place means a leak: the child is replaced
+CRASHES_PER_MINUTE = 3
+Report = Callable[[Loading | Queued], None]
+log = logging.getLogger("turntable.loader")
+
+
+class LeaseCancelled(Exception):
+    """The one who asked for the lease does not want it any more."""
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """One model in memory, for display."""
+
+    spec: EngineSpec
+    leases: int
+    memory_bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
+class LoaderView:
+    """What is in memory and on its way, for display. used and budget in bytes."""
+
+    models: tuple[ModelView, ...]
+    loading: EngineSpec | None
+    progress: Loading | None
+    waiting: int
+    used_bytes: int
+    budget_bytes: int
+
+
+@dataclass
+class _Resident:
+    process: EngineProcess
+    spec: EngineSpec
+    memory_bytes: int
+    leases: int = 0
+    last_used: int = 0
+    wanted_by: _Ticket | None = None
+
+
+@dataclass(eq=False)
+class _Ticket:
+    spec: EngineSpec
+    needs_bytes: int
+    report: Report
+    cancelled: threading.Event
+    since_s: float = field(default_factory=time.monotonic)
+
+
+class Loader:
+    """The one owner of the models in memory."""
+
+    def __init__(
+        self, kinds: dict[str, EngineKind], budget_bytes: int, *, limits: Limits | None = None,
+        patience_s: float = 10.0, on_change: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._kinds, self._budget_bytes, self._limits = kinds, budget_bytes, limits or Limits()
+        self._patience_s, self._on_change = patience_s, on_change
+        self._see = threading.Condition()  # guards everything below, held for moments only
+        self._residents: dict[EngineSpec, _Resident] = {}
+        self._queue: list[_Ticket] = []
+        self._swapping: _Ticket | None = None
+        self._starting: EngineProcess | None = None
+        self._progress: Loading | None = None
+        self._idle: dict[str, EngineProcess] = {}  # children without a model, of engines that keep their process
+        self._crashes: dict[EngineSpec, list[float]] = {}
+        self._clock = 0
+        self._closed = False
+
+    def snapshot(self) -> LoaderView:
+        """What to show. It may be old by the time it is read."""
+        with self._see:
+            models = tuple(
+                ModelView(r.spec, r.leases, r.memory_bytes, r.process.version)
+                for r in sorted(self._residents.values(), key=lambda r: -r.last_used)
+            )
+            return LoaderView(
+                models, self._swapping.spec if self._swapping else None, self._progress,
+                sum(t is not self._swapping for t in self._queue), sum(m.memory_bytes for m in models), self._budget_bytes,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def lease(
+        self, spec: EngineSpec, *, needs_bytes: int = 0, report: Report = lambda event: None,
+        cancelled: threading.Event | None = None,
+    ) -> Iterator[EngineProcess]:  # fmt: skip
+        """Have `spec` in memory, and keep it there while the block runs.
+
+        needs_bytes is what the model is expected to take; report gets Queued and Loading
+        events; setting `cancelled` ends the wait or the load with LeaseCancelled.
+        Raises EngineMissing, DoesNotFit, LoadTimedOut, EngineCrashed or another LoadError.
+        """
+        ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event())
+        resident = self._acquire(ticket)
+        try:
+            yield resident.process
+        finally:
+            with self._see:
+                resident.leases -= 1
+                self._touch(resident)
+                self._see.notify_all()
+            self._on_change()
+
+    def wake(self) -> None:
+        """Let waiting leases look at their `cancelled` at once; a load under way for a cancelled one is ended."""
+        with self._see:
+            if self._swapping and self._swapping.cancelled.is_set() and self._starting:
+                self._starting.abort()
+            self._see.notify_all()
+
+    def close(self) -> None:
+        """End every child. Leases that still run see their engine crash."""
+        with self._see:
+            self._closed = True
+            processes = [r.process for r in self._residents.values()] + list(self._idle.values())
+            if self._starting:
+                self._starting.abort()
+            self._residents.clear()
+            self._idle.clear()
+            self._see.notify_all()
+        for process in processes:
+            process.stop()
+
+    def _acquire(self, ticket: _Ticket) -> _Resident:
+        with self._see:
+            self._refuse_hopeless(ticket)
+            self._queue.append(ticket)
+        told = 0
+        try:
+            while True:
+                with self._see:
+                    resident, victims = self._look(ticket)
+                    place = self._queue.index(ticket) + 1
+                if resident is not None:
+                    return resident
+                if victims is not None:
+                    return self._swap(ticket, victims)
+                if place != told:
+                    told = place
+                    ticket.report(Queued(place))
+                    self._on_change()
+                with self._see:
+                    self._see.wait(0.25)
+        finally:
+            with self._see:
+                self._queue.remove(ticket)
+                for other in self._residents.values():
+                    if other.wanted_by is ticket:
+                        other.wanted_by = None
+                if self._swapping is ticket:
+                    self._swapping, self._progress = None, None
+                self._see.notify_all()
+            self._on_change()
+
+    def _refuse_hopeless(self, ticket: _Ticket) -> None:
+        if ticket.spec.engine not in self._kinds:
+            raise EngineMissing(f"The engine {ticket.spec.engine} is not installed on this machine.")
+        if ticket.needs_bytes > self._budget_bytes:
+            raise DoesNotFit(
+                f"The model needs about {ticket.needs_bytes / 1e9:.1f} GB, "
+                f"and the memory budget is {self._budget_bytes / 1e9:.1f} GB."
+            )
+        recent = [t for t in self._crashes.get(ticket.spec, ()) if time.monotonic() - t < 60]
+        self._crashes[ticket.spec] = recent
+        if len(recent) >= CRASHES_PER_MINUTE:
+            raise EngineCrashed(
+                f"The engine {ticket.spec.engine} crashed {len(recent)} times within a minute with this model; it is left alone.",
+                hint="Wait a minute, or choose another variant; the log has the engine's last lines.",
+            )
+
+    def _look(self, ticket: _Ticket) -> tuple[_Resident | None, list[_Resident] | None]:
+        """Decide, with the lock held: a lease on a model in memory, or the models to unload, or neither (wait)."""
+        if ticket.cancelled.is_set() or self._closed:
+            raise LeaseCancelled
+        resident = self._residents.get(ticket.spec)
+        if resident is not None and resident.process.alive:
+            if self._must_stand_back(resident, ticket):
+                return None, None
+            resident.leases += 1
+            self._touch(resident)
+            return resident, None
+        if resident is not None:
+            del self._residents[ticket.spec]  # it crashed a moment ago
+        if self._swapping is not None or self._first_swap() is not ticket:
+            return None, None
+        victims = self._victims(ticket)
+        if any(victim.leases for victim in victims):
+            for victim in victims:
+                victim.wanted_by = victim.wanted_by or ticket
+            return None, None
+        self._swapping = ticket
+        for victim in victims:
+            del self._residents[victim.spec]
+        return None, victims
+
+    def _must_stand_back(self, resident: _Resident, ticket: _Ticket) -> bool:
+        rival = resident.wanted_by
+        return rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
+
+    def _first_swap(self) -> _Ticket | None:
+        return next((t for t in self._queue if t.spec not in self._residents), None)
+
+    def _victims(self, ticket: _Ticket) -> list[_Resident]:
+        """Least recently used first, until the newcomer fits; idle ones before busy ones."""
+        used = sum(r.memory_bytes for r in self._residents.values())
+        victims = []
+        for resident in sorted(self._residents.values(), key=lambda r: (r.leases > 0, r.last_used)):
+            if used + ticket.needs_bytes <= self._budget_bytes:
+                break
+            victims.append(resident)
+            used -= resident.memory_bytes
+        return victims
+
+    def _swap(self, ticket: _Ticket, victims: list[_Resident]) -> _Resident:
+        """Runs without the lock; `_swapping` keeps every other swap away."""
+        for victim in victims:
+            self._tell(ticket, Loading("unloading", 0, ticket.needs_bytes))
+            self._retire(victim)
+        try:
+            resident = self._load(ticket, ticket.spec, ticket.needs_bytes)
+        except (TurntableError, LeaseCancelled):
+            for victim in reversed(victims):
+                self._restore(ticket, victim)
+            raise
+        with self._see:
+            resident.leases += 1
+        return resident
+
+    def _retire(self, resident: _Resident) -> None:
+        """Unload, and make sure that the memory came back: the process is gone, or says how much it still holds."""
+        process = resident.process
+        log.info("unloading %s", resident.spec.model)
+        if not resident.process.kind.keeps_process:
+            process.stop()
+            return
+        try:
+            left = process.unload()
+        except TurntableError:
+            left = LEFTOVER_BYTES + 1
+        if left > LEFTOVER_BYTES:
+            log.warning("%d MB stayed in use after an unload; the engine's process is replaced", left >> 20)
+            process.stop()
+        else:
+            with self._see:
+                self._idle[process.kind.name] = process
+
+    def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+        kind = self._kinds[spec.engine]
+        with self._see:
+            process = self._idle.pop(kind.name, None)
+        if process is None or not process.alive:
+            process = EngineProcess(kind, self._limits, self._on_exit)
+        with self._see:
+            self._starting = process
+        try:
+            if ticket.cancelled.is_set() and spec == ticket.spec:
+                raise LeaseCancelled
+            ready = process.load(spec, lambda event: self._tell(ticket, event))
+            process.ping()
+            log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
+        except (TurntableError, LeaseCancelled) as error:
+            process.stop()
+            if ticket.cancelled.is_set() and spec == ticket.spec:
+                raise LeaseCancelled from error
+            if isinstance(error, EngineCrashed):
+                self._crashes.setdefault(spec, []).append(time.monotonic())
+            for line in list(process.log)[-8:]:
+                log.warning("%s: %s", spec.engine, line)
+            raise
+        finally:
+            with self._see:
+                self._starting = None
+        resident = _Resident(process, spec, max(ready.memory_bytes, needs_bytes))
+        with self._see:
+            if self._closed:
+                process.stop()
+                raise LeaseCancelled
+            self._residents[spec] = resident
+            self._touch(resident)
+        self._on_change()
+        return resident
+
+    def _restore(self, ticket: _Ticket, victim: _Resident) -> None:
+        """Bring back what had to go for a load that failed. Its own failure is logged: the first reason matters more."""
+        self._tell(ticket, Loading("restoring", 0, victim.memory_bytes))
+        try:
+            self._load(ticket, victim.spec, victim.memory_bytes)
+        except (TurntableError, LeaseCancelled) as error:
+            log.error("the previous model %s could not be restored: %s", victim.spec.model, error)
+
+    def _tell(self, ticket: _Ticket, event: Loading) -> None:
+        with self._see:
+            self._progress = event
+        ticket.report(event)
+        self._on_change()
+
+    def _touch(self, resident: _Resident) -> None:
+        self._clock += 1
+        resident.last_used = self._clock
+
+    def _on_exit(self, process: EngineProcess) -> None:
+        """Runs on the reader thread of a child that ended by itself."""
+        with self._see:
+            for spec, resident in list(self._residents.items()):
+                if resident.process is process:
+                    del self._residents[spec]
+                    self._crashes.setdefault(spec, []).append(time.monotonic())
+            self._see.notify_all()
+        process.stop()
+        for line in list(process.log)[-8:]:
+            log.warning("%s: %s", process.kind.name, line)
+        self._on_change()

@@ -1,0 +1,283 @@
+"""The handle on one engine child: start, load, ask, cancel, stop, time limits, exit code, last log lines.
+
+Knows pipes and processes. Does not know presets, conversations, or which model
+ought to be in memory: that is the loader's business. Many answers share the pipe;
+a reader thread sorts what arrives by request id.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules import messages
+from modules.errors import EngineCrashed, EngineStuck, LoadTimedOut, TurntableError, from_wire
+from modules.messages import EngineSpec, Message, Sampling, Start
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_GRACE_S = 3.0
+LOG_LINES = 200
+_END = object()
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """How the children of one engine are started.
+
+    python is the interpreter that has the engine's library; where names the class as
+    "module:Class" (empty: the worker's own table); keeps_process says that the child
+    unloads in place and takes the next model, as engines on a GPU do.
+    """
+
+    name: str
+    python: str = sys.executable
+    where: str = ""
+    keeps_process: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Time limits of a child in seconds. stall_s is the longest silence in the middle of an answer."""
+
+    load_s: float = 600.0
+    stall_s: float = 120.0
+    hello_s: float = 60.0
+
+
+@dataclass
+class _Mailbox:
+    events: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+
+
+class EngineProcess:
+    """One child process. Thread-safe."""
+
+    def __init__(
+        self, kind: EngineKind, limits: Limits | None = None, on_exit: Callable[[EngineProcess], None] | None = None
+    ) -> None:
+        self.kind = kind
+        self.spec: EngineSpec | None = None
+        self.ready: messages.Ready | None = None
+        self.version = ""
+        self.log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
+        self._limits = limits or Limits()
+        self._on_exit = on_exit
+        self._writing = threading.Lock()
+        self._boxes: dict[str, _Mailbox] = {"": _Mailbox()}
+        self._boxes_lock = threading.Lock()
+        self._ended = False
+        self._stopping = False
+        self._ids = itertools.count(1)
+        self._child = self._spawn()
+        self._threads = [
+            threading.Thread(target=self._keep_log, name=f"log-{kind.name}", daemon=True),
+            threading.Thread(target=self._read, name=f"read-{kind.name}", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, **dict(self.kind.environment), "PYTHONUNBUFFERED": "1", "MALLOC_ARENA_MAX": "1"}
+        command = [self.kind.python, "-m", "modules.engines.worker", self.kind.name]
+        if self.kind.where:
+            command.append(self.kind.where)
+        try:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, text=True, encoding="utf-8", errors="replace",
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1,
+            )  # fmt: skip
+        except OSError as error:
+            raise EngineCrashed(f"The engine {self.kind.name} could not be started: {error}") from error
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended and self._child.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def load(self, spec: EngineSpec, progress: Callable[[messages.Loading], None]) -> messages.Ready:
+        """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut."""
+        self.spec = spec
+        self._send(messages.Load(spec))
+        deadline = time.monotonic() + self._limits.load_s
+        while True:
+            event = self._next("", deadline - time.monotonic(), LoadTimedOut, "The model was not ready in time.")
+            if isinstance(event, messages.Hello):
+                self.version = event.version
+            elif isinstance(event, messages.Loading):
+                progress(event)
+            elif isinstance(event, messages.Ready):
+                self.ready = event
+                return event
+
+    def generate(self, start: Start) -> Iterator[messages.Event]:
+        """Yield the events of one answer, the last of them Finished.
+
+        Raises what the child reported, EngineCrashed when it died and EngineStuck when
+        it was silent for too long (then it is ended). A caller that walks away cancels.
+        """
+        finished = False
+        self._open_box(start.id)
+        try:
+            self._send(start)
+            while True:
+                event = self._next(
+                    start.id, self._limits.stall_s, EngineStuck,
+                    f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended.",
+                )  # fmt: skip
+                finished = isinstance(event, messages.Finished)
+                yield event
+                if finished:
+                    return
+        except TurntableError:
+            finished = True
+            raise
+        finally:
+            if not finished:
+                self.cancel(start.id)
+            self._close_box(start.id)
+
+    def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
+        """Tokens of each text."""
+        counted = self._ask(lambda call: messages.Count(call, texts))
+        tokens: tuple[int, ...] = counted.tokens
+        return tokens
+
+    def measure(self) -> int:
+        """Bytes in use by the model."""
+        return int(self._ask(messages.Measure).memory_bytes)
+
+    def ping(self) -> None:
+        """Generate one token: the only proof that a model answers. Raises what went wrong."""
+        start = Start(f"ping-{next(self._ids)}", (Message("user", "Hi"),), Sampling(temperature=0.0, max_tokens=1))
+        for _ in self.generate(start):
+            pass
+
+    def unload(self) -> int:
+        """Unload in place; returns the bytes still in use. Only for kinds that keep their process."""
+        self._send(messages.Unload())
+        deadline = time.monotonic() + 60
+        while True:
+            event = self._next("", deadline - time.monotonic(), EngineStuck, "The engine did not unload in time.")
+            if isinstance(event, messages.Unloaded):
+                self.spec = None
+                return event.memory_bytes
+
+    def cancel(self, request_id: str) -> None:
+        """Stop an answer; harmless when it has ended or the child is gone."""
+        with contextlib.suppress(EngineCrashed):
+            self._send(messages.Cancel(request_id))
+
+    def abort(self) -> None:
+        """End the child at once, from any thread. Whoever waits for it gets EngineCrashed."""
+        with contextlib.suppress(OSError):
+            self._child.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
+    def stop(self) -> None:
+        """End the child and wait until it is gone: only then is its memory back."""
+        self._stopping = True
+        with contextlib.suppress(OSError, ValueError), self._writing:
+            assert self._child.stdin is not None
+            self._child.stdin.close()
+        try:
+            self._child.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _ask(self, make: Callable[[str], Any]) -> Any:
+        call = f"call-{next(self._ids)}"
+        self._open_box(call)
+        try:
+            self._send(make(call))
+            return self._next(call, self._limits.stall_s, EngineStuck, "The engine did not reply.")
+        finally:
+            self._close_box(call)
+
+    def _open_box(self, name: str) -> None:
+        with self._boxes_lock:
+            self._boxes[name] = _Mailbox()
+            if self._ended:
+                self._boxes[name].events.put(_END)
+
+    def _close_box(self, name: str) -> None:
+        with self._boxes_lock:
+            self._boxes.pop(name, None)
+
+    def _next(self, box: str, timeout_s: float, late: type[TurntableError], words: str) -> Any:
+        with self._boxes_lock:
+            mailbox = self._boxes[box]
+        try:
+            event = mailbox.events.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            self.abort()
+            raise late(words) from None
+        if event is _END:
+            mailbox.events.put(_END)  # for whoever asks next
+            raise self._crash()
+        if isinstance(event, messages.Failed):
+            raise from_wire({"code": event.code, "message": event.message, "hint": event.hint})
+        return event
+
+    def _send(self, message: Any) -> None:
+        try:
+            with self._writing:
+                assert self._child.stdin is not None
+                self._child.stdin.write(messages.encode(message))
+                self._child.stdin.flush()
+        except (OSError, ValueError) as error:
+            raise self._crash() from error
+
+    def _crash(self) -> EngineCrashed:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(1.0)
+        self._threads[0].join(0.5)  # its last words may still be on their way
+        said = [line for line in self.log if line.strip()]
+        code = self._child.returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        last = f" Its last words: {said[-1].strip()}" if said else ""
+        return EngineCrashed(f"The engine {self.kind.name} ended by itself ({how}).{last}")
+
+    def _read(self) -> None:
+        """Runs on its own thread until the pipe closes."""
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            try:
+                event = messages.decode(line)
+            except ValueError as error:
+                self.log.append(f"dropped a line: {error}")
+                continue
+            with self._boxes_lock:
+                box = self._boxes.get(getattr(event, "id", ""))
+            if box is not None:
+                box.events.put(event)
+        with self._boxes_lock:
+            self._ended = True
+            for box in self._boxes.values():
+                box.events.put(_END)
+        self._child.wait()
+        if self._on_exit is not None and not self._stopping:
+            self._on_exit(self)
+
+    def _keep_log(self) -> None:
+        assert self._child.stderr is not None
+        for line in self._child.stderr:
+            self.log.append(line.rstrip("\n"))

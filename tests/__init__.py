@@ -1,0 +1,1 @@
+"""The tests, and the fake engine that a preset of theirs can name."""
