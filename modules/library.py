@@ -84,6 +84,11 @@ class Library:
         # A header check takes up to half a second for a large vocabulary; every message asks.
         self._checked: dict[tuple[str, int, int, int], GGUFHeader | None] = {}
 
+    @property
+    def models_dir(self) -> Path:
+        """Where downloaded models are looked for."""
+        return self._models
+
     def folder(self, variant: Variant) -> Path:
         """The folder in which the variant's files lie or will lie."""
         if variant.bundled:
@@ -248,8 +253,6 @@ def _absent(variant: Variant, folder: Path, name: str) -> ModelNotDownloaded:
 def _names(folder: Path) -> set[str]:
     """The names in a model folder. Raises ModelFilesUnsafe for a link that leads out of it."""
     names: set[str] = set()
-    if not folder.is_dir():
-        return names
     with os.scandir(folder) as entries:
         for entry in entries:
             names.add(entry.name)

@@ -489,7 +489,7 @@ def dumps(preset: Preset) -> str:
         lines += ["", "[sampling]", *(f"{key} = {_toml(item)}" for key, item in _said(sampling).items())]
     for variant in variants:
         said = _said(variant)
-        if variant.id == _slug(variant):
+        if variant.id in ("", _slug(variant)):
             del said["id"]
         lines += ["", "[[variants]]", *(f"{key} = {_toml(item)}" for key, item in said.items())]
     return "\n".join(lines) + "\n"

@@ -12,9 +12,11 @@ import contextlib
 import itertools
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +83,7 @@ class EngineProcess:
         self._ended = False
         self._stopping = False
         self._ids = itertools.count(1)
+        self._folder = tempfile.mkdtemp(prefix="turntable-engine-")  # private, for the engine's socket; ours to delete
         self._child = self._spawn()
         self._threads = [
             threading.Thread(target=self._keep_log, name=f"log-{kind.name}", daemon=True),
@@ -90,7 +93,10 @@ class EngineProcess:
             thread.start()
 
     def _spawn(self) -> subprocess.Popen[str]:
-        environment = {**os.environ, **dict(self.kind.environment), "PYTHONUNBUFFERED": "1", "MALLOC_ARENA_MAX": "1"}
+        environment = {
+            **os.environ, **dict(self.kind.environment),
+            "PYTHONUNBUFFERED": "1", "MALLOC_ARENA_MAX": "1", "TURNTABLE_ENGINE_DIR": self._folder,
+        }  # fmt: skip
         command = [self.kind.python, "-m", "modules.engines.worker", self.kind.name]
         if self.kind.where:
             command.append(self.kind.where)
@@ -100,6 +106,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=1,
             )  # fmt: skip
         except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise EngineCrashed(f"The engine {self.kind.name} could not be started: {error}") from error
 
     @property
@@ -202,6 +209,10 @@ class EngineProcess:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        for pipe in (self._child.stdout, self._child.stderr):
+            if pipe is not None:
+                pipe.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # a private folder left behind harms nobody
 
     def _ask(self, make: Callable[[str], Any]) -> Any:
         call = f"call-{next(self._ids)}"

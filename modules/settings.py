@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_settings(to: argparse.ArgumentParser, top_level: bool) -> None:
     for row in SETTINGS:
         # A subcommand takes the settings as well, without overwriting what stood before it.
-        to.add_argument(row.flag, dest=row.name, metavar=row.metavar, help=f"{row.help} [{row.default_text}]",
+        to.add_argument(row.flag, dest=row.name, metavar=row.metavar, help=f"{row.help} [{row.default_text}]".replace("%", "%%"),
                         default=None if top_level else argparse.SUPPRESS)
 
 

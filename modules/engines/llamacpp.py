@@ -17,7 +17,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
@@ -67,11 +66,10 @@ class LlamaCpp:
         for file in files:
             done = _read_once(file, done, total, progress)
         progress(Loading("warming", total, total))
-        self._folder = tempfile.mkdtemp(prefix="turntable-")  # mode 0700
+        self._folder = os.environ.get("TURNTABLE_ENGINE_DIR") or tempfile.mkdtemp(prefix="turntable-engine-")  # mode 0700
         try:
             self._server = xllamacpp.Server(self._parameters(spec))
         except RuntimeError as error:
-            self._forget_folder()
             raise LoadError(
                 f"llama.cpp could not load {files[0].name}.",
                 hint="The file may be cut off, of a kind that this llama.cpp does not know, or too big for the "
@@ -138,12 +136,6 @@ class LlamaCpp:
         for event in list(self._cancelled.values()):
             event.set()
         self._server = None
-        self._forget_folder()
-
-    def _forget_folder(self) -> None:
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)  # an empty private folder left behind harms nobody
-            self._folder = ""
 
     def _answer(self, request: Start, emit: Emit) -> None:
         try:

@@ -1,0 +1,304 @@
+"""Composition root: read the settings, build the objects, answer the port, bring up the page, stop in order.
+
+The port answers before gradio is imported: a plain waiting page is served meanwhile
+and reloads by itself. The order of the imports here is the order of need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from modules import settings as settings_module
+from modules.assistant import Assistant, totals
+from modules.chats import Chats
+from modules.errors import SettingsError, TurntableError
+from modules.images import Images
+from modules.library import Library
+from modules.loader import Loader
+from modules.messages import Delta, Failed, Finished, Loading, Queued
+from modules.presets import Presets
+from modules.process import EngineKind, Limits
+from modules.settings import Settings
+
+log = logging.getLogger("turntable")
+MOST_BODY_BYTES = 25_000_000
+
+
+def build(settings: Settings, chats: Chats, on_change: Callable[[], None]) -> Assistant:
+    """The objects without any network."""
+    kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
+    kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
+    limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
+    loader = Loader(kinds, settings.memory_budget_bytes, limits=limits, on_change=on_change)
+    presets = Presets(settings.preset_dirs, [name for name, _ in settings.extra_engines])
+    library = Library(settings.models_dir, settings.bundled_dir)
+    images = Images(settings.data_dir / "images")
+    return Assistant(presets, library, loader, chats, images, kinds, settings.threads)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """To stderr in short, to a file in the data folder in full; no conversation is ever logged."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    root = logging.getLogger("turntable")
+    root.setLevel(settings.log_level.upper())
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
+    file = logging.handlers.RotatingFileHandler(
+        settings.data_dir / "turntable.log", maxBytes=2_000_000, backupCount=2, encoding="utf-8"
+    )
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if settings.command == "ask":
+        terminal.setLevel("ERROR")
+    for handler in (terminal, file):
+        root.addHandler(handler)
+
+
+def ask(settings: Settings) -> int:
+    """`ask PRESET TEXT`: print an answer, streamed, by the path that the page uses. Nothing is kept."""
+    text = sys.stdin.read() if settings.ask_text == "-" else settings.ask_text
+    assistant = build(settings, Chats(":memory:"), lambda: None)
+    try:
+        images = [assistant.add_image(_read(path)).id for path in settings.ask_images]
+        job = assistant.reply(None, text, images, settings.ask_preset)
+        try:
+            return _print_answer(assistant, job, settings.ask_json)
+        except KeyboardInterrupt:
+            assistant.stop(job.chat)
+            return 130
+    finally:
+        assistant.close()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"--image {path}: {error.strerror}.", hint="Give the path of a picture.") from error
+
+
+def _print_answer(assistant: Assistant, job: Any, as_json: bool) -> int:
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    dim, plain = ("\x1b[2m", "\x1b[0m") if colour else ("", "")
+    channel, failed, finished = "", None, None
+    for event in job.follow():
+        if isinstance(event, Failed):
+            failed = event
+        elif isinstance(event, Finished):
+            finished = event
+        elif isinstance(event, Delta) and not as_json:
+            if event.channel != channel:
+                start = dim if event.channel == "reasoning" else plain
+                print(("\n\n" if channel else "") + start, end="")
+                channel = event.channel
+            print(_printable(event.text), end="", flush=True)
+        elif isinstance(event, Loading | Queued) and sys.stderr.isatty():
+            print("\r\x1b[K" + _progress_words(event), end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    if not as_json:
+        print(plain)
+    else:
+        message = job.message
+        print(json.dumps({
+            "preset": job.preset.name, "variant": job.variant, "text": message.text, "reasoning": message.reasoning,
+            "reason": finished.reason if finished else "error", **totals(message.counts, message.timings),
+            "error": message.error,
+        }, ensure_ascii=False))  # fmt: skip
+    if failed:
+        print(f"turntable: {failed.message} {failed.hint}".rstrip(), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _printable(text: str) -> str:
+    """A model's text must not drive the terminal: control characters other than line ends and tabs are shown."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def _progress_words(event: Loading | Queued) -> str:
+    if isinstance(event, Queued):
+        return f"waiting, place {event.place}"
+    return f"{event.stage} {event.fraction:.0%} of {event.total_bytes / 1e6:.0f} MB"
+
+
+# The server ---------------------------------------------------------------------------
+
+
+def serve(settings: Settings) -> int:
+    """Run until a signal says stop. Exit code 0, or 1 when the port or the data folder is taken."""
+    lock = _lock(settings)
+    listener = _listen(settings.port)
+    import uvicorn
+
+    from modules.gate import Gate, GateRules
+    from modules.live import Live
+
+    chats = Chats(settings.data_dir / "chats.db")
+    broken = chats.recover()
+    if broken:
+        log.warning("%d answers were cut off when Turntable ended last time; they are marked", broken)
+    hub: list[Live] = []
+    assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
+    live = Live(assistant)
+    hub.append(live)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    page = Page(settings, assistant, live, address)
+    gate = Gate(page.application(), GateRules(max_body_bytes=MOST_BODY_BYTES))
+
+    class Server(uvicorn.Server):
+        """uvicorn sends itself the signal again once it has ended, which would skip what ends the engines."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for sig, handler in before.items():
+                    signal.signal(sig, handler)
+
+    server = Server(uvicorn.Config(
+        gate, log_level="error", access_log=False, ws="websockets-sansio", ws_max_size=4_000_000, lifespan="on",
+        timeout_graceful_shutdown=3, server_header=False, date_header=False, http="h11", h11_max_incomplete_event_size=65536,
+    ))  # fmt: skip
+    log.info("Turntable is on its way at %s", address)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        assistant.close()
+        lock.close()
+        log.info("Turntable has ended")
+    return 0
+
+
+def _listen(port: int) -> socket.socket:
+    # The protocol is named because asyncio switches Nagle off only for sockets that say TCP: 40 ms at every first word.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"Port {port} is in use: {error.strerror}.", hint="Choose another one with --port.") from error
+    listener.listen(256)
+    listener.setblocking(False)
+    return listener
+
+
+def _lock(settings: Settings) -> Any:
+    """One server for one data folder: two would write the same conversations."""
+    file = (settings.data_dir / "lock").open("w")
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise SettingsError(
+                f"Another Turntable uses the data folder {settings.data_dir}.",
+                hint="Use that one, or choose another folder with --data-dir.",
+            ) from error
+    return file
+
+
+class Page:
+    """The ASGI application: our own routes at once, gradio's page as soon as it is there."""
+
+    def __init__(self, settings: Settings, assistant: Assistant, live: Any, address: str) -> None:
+        self._settings, self._assistant, self._live, self._address = settings, assistant, live, address
+        self._inner: Any = None
+        self._failed = ""
+        self._leave: contextlib.AsyncExitStack | None = None
+        self._began = time.monotonic()
+
+    def application(self) -> Any:
+        """Everything that the gate stands before."""
+        from starlette.applications import Starlette
+        from starlette.routing import Mount, Route
+
+        from modules.assets import asset_routes
+
+        routes = [
+            *self._live.routes(), *asset_routes(), Route("/ready", self._ready), Mount("/", app=self._page),
+        ]  # fmt: skip
+        return Starlette(routes=routes, lifespan=self._lifespan)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
+        self._live.start()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._build, args=(loop,), name="build-page", daemon=True).start()
+        async with contextlib.AsyncExitStack() as stack:
+            self._leave = stack
+            yield
+            self._leave = None
+            await self._live.close()
+
+    def _build(self, loop: asyncio.AbstractEventLoop) -> None:
+        """On a thread: importing gradio takes seconds, and the port answers meanwhile."""
+        try:
+            from modules.ui import build_page
+
+            inner = build_page(self._assistant, self._settings)
+            asyncio.run_coroutine_threadsafe(self._take(inner), loop).result()
+        except Exception as error:
+            log.exception("the page could not be built")
+            self._failed = f"{type(error).__name__}: {error}"
+
+    async def _take(self, inner: Any) -> None:
+        if self._leave is not None:
+            await self._leave.enter_async_context(inner.router.lifespan_context(inner))
+            self._inner = inner
+            log.info("the page is ready at %s (%.1f s)", self._address, time.monotonic() - self._began)
+
+    async def _ready(self, request: Any) -> Any:
+        from starlette.responses import JSONResponse
+
+        return JSONResponse({"ready": self._inner is not None, "failed": self._failed})
+
+    async def _page(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._inner is not None:
+            # Mount has put "/" into root_path's place; gradio wants to believe that it stands alone.
+            await self._inner({**scope, "root_path": ""}, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1013})
+            return
+        from modules.assets import waiting_page
+
+        await waiting_page(self._failed)(scope, receive, send)
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; errors a person can meet end in one sentence and exit code 2 or 1."""
+    try:
+        settings = settings_module.read(arguments)
+        set_up_logging(settings)
+        return ask(settings) if settings.command == "ask" else serve(settings)
+    except SettingsError as error:
+        print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)
+        return 2
+    except TurntableError as error:
+        print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"turntable: {error}. Look at the rights and the free space of the data folder.", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Measurements of the running program. Figures that depend on the machine live here, not in the tests."""

@@ -1,0 +1,409 @@
+"""One WebSocket to each page: answers in progress, status, conversations; and the routes for pictures.
+
+Knows frames and pages, not how an answer is made. All of it runs on the event loop;
+threads of the assistant only wake it. The text of an answer is rendered once, and
+the same frame goes to every page that shows the conversation. A page that reads too
+slowly is given the whole state again instead of a growing backlog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from modules import render
+from modules.assistant import Assistant, Job, totals
+from modules.chats import ChatMessage
+from modules.errors import ImageTooLarge, InvalidRequest, TurntableError
+from modules.messages import Delta, Failed, Finished, Loading, Prefill, Queued
+
+PAGE_MESSAGES = 24
+TICK_S = 0.05  # at most 20 frames a second for one answer
+MOST_WAITING = 64  # frames kept for a slow page before it is given the whole state instead
+SLOW_S = 60.0
+log = logging.getLogger("turntable.live")
+
+
+class _Answer:
+    """The rendering of one job, shared by all pages that show it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._cursor = 0
+        self._streams = {"text": render.Stream(), "reasoning": render.Stream()}
+        self._stage: dict[str, Any] | None = {"stage": "starting"}
+        self._tokens = 0
+        self._first_s = 0.0
+        self._began = time.monotonic()
+        self._prompt = 0
+        self.ended = False
+
+    def frame(self) -> str | None:
+        """What is new since the last call, as a frame; None when nothing is."""
+        events, self._cursor, self.ended = self.job.since(self._cursor)
+        if not events and not self.ended:
+            return None
+        stage = self._stage
+        for event in events:
+            self._take(event)
+        body: dict[str, Any] = {"t": "job", "chat": self.job.chat, "m": self.job.message.id}
+        for channel, stream in self._streams.items():
+            patch = stream.finish() if self.ended else stream.patch()
+            if patch is not None:
+                body[channel] = {"keep": patch.keep, "blocks": patch.blocks, "append": patch.append}
+        if self._stage != stage:
+            body["stage"] = self._stage
+        body["speed"] = self.speed()
+        return json.dumps(body)
+
+    @property
+    def shown(self) -> bool:
+        """Has the first piece of text gone out?"""
+        return self._first_s > 0
+
+    def speed(self) -> dict[str, Any]:
+        """Tokens per second so far, time to first token, context used."""
+        spent = time.monotonic() - self._first_s if self._first_s else 0.0
+        return {
+            "tps": round(self._tokens / spent, 1) if spent > 0.2 else 0, "tokens": self._tokens,
+            "first_s": round(self._first_s - self._began, 3) if self._first_s else 0,
+            "used": self._prompt + self._tokens, "context": self.job.context,
+        }  # fmt: skip
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole answer as shown now, for a page that joins."""
+        return {
+            "text": self._streams["text"].snapshot(), "reasoning": self._streams["reasoning"].snapshot(),
+            "stage": self._stage, "speed": self.speed(),
+        }  # fmt: skip
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, Delta):
+            self._first_s = self._first_s or time.monotonic()
+            self._tokens += event.tokens
+            self._streams[event.channel].feed(event.text)
+            self._stage = None
+        elif isinstance(event, Queued):
+            self._stage = {"stage": "queued", "place": event.place}
+        elif isinstance(event, Loading):
+            self._stage = {"stage": event.stage, "done": event.done_bytes, "total": event.total_bytes}
+        elif isinstance(event, Prefill):
+            self._prompt = event.total
+            if not self._first_s:
+                self._stage = {"stage": "prompt", "done": event.done, "total": event.total}
+        elif isinstance(event, Finished | Failed):
+            self._stage = None
+
+
+class _Page:
+    """One browser tab."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self.socket = socket
+        self.shows: dict[str, str | None] = {}  # preset -> conversation
+        self.outbox: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
+        self.behind_since_s = 0.0
+
+    def push(self, frame: str) -> None:
+        try:
+            self.outbox.put_nowait(frame)
+        except asyncio.QueueFull:
+            self.behind_since_s = self.behind_since_s or time.monotonic()
+
+    def shows_chat(self, chat: str) -> bool:
+        return chat in self.shows.values()
+
+
+class Live:
+    """The hub. start() is called on the event loop before the first page comes."""
+
+    def __init__(self, assistant: Assistant, most_image_bytes: int = 20_000_000) -> None:
+        self._assistant, self._most_image_bytes = assistant, most_image_bytes
+        self._pages: set[_Page] = set()
+        self._answers: dict[str, _Answer] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._poked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._chats_changed = False
+        self._flushed_s = 0.0
+        self._status = ""
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            WebSocketRoute("/live", self.page),
+            Route("/upload", self.upload, methods=["POST"]),
+            Route("/image/{id}", self.image),
+        ]
+
+    def start(self) -> None:
+        """Take the running event loop and listen to the assistant."""
+        self._loop = asyncio.get_running_loop()
+        self._assistant.on_job = self._job_changed
+        self._assistant.on_chats = self._list_changed
+
+    async def close(self) -> None:
+        """Say goodbye to every page: an open socket would hold up the end of the server."""
+        for page in list(self._pages):
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+                await page.socket.close(1001)
+
+    # Threads of the assistant come in here ------------------------------------------
+
+    def changed(self) -> None:
+        """Something of the loader changed."""
+        self._wake()
+
+    def _job_changed(self, job: Job) -> None:
+        self._wake()
+
+    def _list_changed(self) -> None:
+        self._chats_changed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._poked or self._loop is None:
+            return
+        self._poked = True
+        with contextlib.suppress(RuntimeError):  # the loop is closing
+            self._loop.call_soon_threadsafe(self._soon)
+
+    # On the event loop ---------------------------------------------------------------
+
+    def _soon(self) -> None:
+        """The first word and the end are shown at once; what lies between goes out at most once a tick."""
+        assert self._loop is not None
+        self._poked = False
+        known = {answer.job.id for answer in self._answers.values()}
+        urgent = any(a.job.done or not a.shown for a in self._answers.values()) or any(
+            job.id not in known for job in self._assistant.jobs()
+        )
+        wait = self._flushed_s + TICK_S - time.monotonic()
+        if urgent or wait <= 0:
+            self._flush()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(wait, self._flush)
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._flushed_s = time.monotonic()
+        for job in self._assistant.jobs():
+            if job.id not in self._answers:
+                self._answers[job.id] = _Answer(job)
+        for answer in list(self._answers.values()):
+            frame = answer.frame()
+            if frame is not None:
+                self._to_chat(answer.job.chat, frame)
+            if answer.ended:
+                self._end(answer)
+        self._send_status()
+        if self._chats_changed:
+            self._chats_changed = False
+            self._to_all(self._list_frame())
+
+    def _end(self, answer: _Answer) -> None:
+        """The last frame. The pages have the text already: sending and drawing a long one once more would stall them."""
+        job = answer.job
+        del self._answers[job.id]
+        message = self._message(job.message, job, with_text=False)
+        message |= {"html": bool(job.text()), "think": bool(job.text("reasoning"))}
+        self._to_chat(job.chat, json.dumps({"t": "end", "chat": job.chat, "message": message, "streamed": True}))
+
+    def _to_chat(self, chat: str, frame: str) -> None:
+        for page in self._pages:
+            if page.shows_chat(chat):
+                page.push(frame)
+
+    def _to_all(self, frame: str) -> None:
+        for page in self._pages:
+            page.push(frame)
+
+    def _send_status(self) -> None:
+        status = self._status_frame()
+        if status != self._status:
+            self._status = status
+            self._to_all(status)
+
+    def _status_frame(self) -> str:
+        view = self._assistant.loader_view()
+        loading = None
+        if view.loading is not None:
+            p = view.progress
+            loading = {
+                "name": self._assistant.label(view.loading), "stage": p.stage if p else "starting",
+                "done": p.done_bytes if p else 0, "total": p.total_bytes if p else 0,
+            }  # fmt: skip
+        return json.dumps({
+            "t": "status", "loading": loading, "waiting": view.waiting,
+            "models": [{"name": self._assistant.label(m.spec), "busy": m.leases} for m in view.models],
+            "used": view.used_bytes, "budget": view.budget_bytes,
+        })  # fmt: skip
+
+    def _list_frame(self) -> str:
+        chats = [{"id": c.id, "title": c.title, "preset": c.preset} for c in self._assistant.conversations()]
+        return json.dumps({"t": "chats", "chats": chats})
+
+    # One page ------------------------------------------------------------------------
+
+    async def page(self, socket: WebSocket) -> None:
+        """The WebSocket of one page, from its hello to its end."""
+        await socket.accept()
+        page = _Page(socket)
+        self._pages.add(page)
+        writer = asyncio.create_task(self._write(page))
+        try:
+            page.push(self._status_frame())
+            page.push(await run_in_threadpool(self._list_frame))
+            while True:
+                await self._handle(page, await socket.receive_text())
+        except WebSocketDisconnect:
+            pass
+        finally:
+            self._pages.discard(page)
+            writer.cancel()
+
+    async def _write(self, page: _Page) -> None:
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the reader notices the same end
+            while True:
+                await page.socket.send_text(await page.outbox.get())
+                if not page.behind_since_s:
+                    continue
+                if time.monotonic() - page.behind_since_s > SLOW_S:
+                    await page.socket.close(1013)
+                    return
+                if page.outbox.empty():
+                    page.behind_since_s = 0.0
+                    for preset in list(page.shows):
+                        await self._open(page, preset, page.shows[preset])
+
+    async def _handle(self, page: _Page, line: str) -> None:
+        where: dict[str, Any] = {}
+        try:
+            where = json.loads(line)
+            if not isinstance(where, dict):
+                raise InvalidRequest("The page sent something that is not a command.")
+            action = {
+                "open": self._do_open, "send": self._do_send, "stop": self._do_stop,
+                "delete": self._do_delete, "earlier": self._do_earlier,
+            }.get(str(where.get("do")))  # fmt: skip
+            if action is None:
+                raise InvalidRequest(f"The page sent an unknown command {where.get('do')!r}.")
+            await action(page, where)
+        except TurntableError as error:
+            page.push(json.dumps({"t": "error", "preset": where.get("preset"), "ref": where.get("ref"), **error.to_wire()}))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            log.debug("a page sent nonsense: %s", error)
+            page.push(json.dumps({"t": "error", **InvalidRequest("The page sent a broken command.").to_wire()}))
+
+    async def _do_open(self, page: _Page, said: dict[str, Any]) -> None:
+        await self._open(page, str(said["preset"]), said.get("chat") or None)
+
+    async def _open(self, page: _Page, preset: str, chat: str | None) -> None:
+        page.shows[preset] = chat
+        frame: dict[str, Any] = {"t": "chat", "preset": preset, "chat": chat, "messages": [], "earlier": False}
+        if chat is not None:
+            try:
+                found = await run_in_threadpool(self._assistant.messages, chat, None, PAGE_MESSAGES + 1)
+                await run_in_threadpool(self._assistant.chats.get, chat)
+            except TurntableError:
+                page.shows[preset] = None
+                raise
+            frame["earlier"] = len(found) > PAGE_MESSAGES
+            frame["messages"] = await run_in_threadpool(lambda: [self._message(m) for m in found[-PAGE_MESSAGES:]])
+            self._attach(frame, chat)
+        page.push(json.dumps(frame))
+
+    def _attach(self, frame: dict[str, Any], chat: str) -> None:
+        """The answer in progress as shown now; later frames continue from exactly here."""
+        job = self._assistant.job(chat)
+        if job is None:
+            return
+        answer = self._answers.get(job.id)
+        if answer is None:
+            answer = self._answers[job.id] = _Answer(job)
+        frame["live"] = {"m": job.message.id, **answer.snapshot()}
+
+    async def _do_send(self, page: _Page, said: dict[str, Any]) -> None:
+        preset, text = str(said["preset"]), str(said.get("text", ""))
+        images = [str(image) for image in said.get("images") or []]
+        job = await run_in_threadpool(self._assistant.reply, said.get("chat") or None, text, images, preset)
+        page.shows[preset] = job.chat
+        page.push(json.dumps({"t": "sent", "ref": said.get("ref"), "preset": preset, "chat": job.chat}))
+        for other in self._pages:
+            if other.shows_chat(job.chat):
+                await self._open(other, preset, job.chat)
+        self._wake()
+
+    async def _do_stop(self, page: _Page, said: dict[str, Any]) -> None:
+        await run_in_threadpool(self._assistant.stop, str(said["chat"]))
+
+    async def _do_delete(self, page: _Page, said: dict[str, Any]) -> None:
+        chat = str(said["chat"])
+        await run_in_threadpool(self._assistant.delete, chat)
+        for other in self._pages:
+            for preset, shown in list(other.shows.items()):
+                if shown == chat:
+                    await self._open(other, preset, None)
+
+    async def _do_earlier(self, page: _Page, said: dict[str, Any]) -> None:
+        chat, before = str(said["chat"]), int(said["before"])
+        found = await run_in_threadpool(self._assistant.messages, chat, before, PAGE_MESSAGES + 1)
+        messages = await run_in_threadpool(lambda: [self._message(m) for m in found[-PAGE_MESSAGES:]])
+        frame = {"t": "earlier", "preset": said.get("preset"), "chat": chat, "messages": messages}
+        page.push(json.dumps({**frame, "earlier": len(found) > PAGE_MESSAGES}))
+
+    def _message(self, m: ChatMessage, job: Job | None = None, with_text: bool = True) -> dict[str, Any]:
+        """One stored message, rendered."""
+        if not with_text:
+            html, think = "", ""
+        elif m.role == "user":
+            html, think = render.plain(m.text), ""
+        else:
+            html, think = "".join(render.to_html(m.text)), "".join(render.to_html(m.reasoning))
+        return {
+            "id": m.id, "seq": m.seq, "role": m.role, "state": m.state, "error": m.error, "images": list(m.images),
+            "html": html, "think": think,
+            "variant": m.variant, "stats": self._stats(m),
+            "note": job.note if job else "",
+        }  # fmt: skip
+
+    def _stats(self, m: ChatMessage) -> dict[str, float] | None:
+        if m.timings is None:
+            return None
+        numbers = totals(m.counts, m.timings)
+        return {**numbers["counts"], **numbers["timings"]}
+
+    # Pictures --------------------------------------------------------------------------
+
+    async def upload(self, request: Request) -> Response:
+        """POST a picture's bytes; the answer holds its id. Nothing is decoded before its header was checked."""
+        data = bytearray()
+        try:
+            async for piece in request.stream():
+                data += piece
+                if len(data) > self._most_image_bytes:
+                    raise ImageTooLarge(f"The picture has more than {self._most_image_bytes // 1_000_000} MB.")
+            stored = await run_in_threadpool(self._assistant.add_image, bytes(data))
+        except TurntableError as error:
+            return JSONResponse({"error": error.to_wire()}, error.status)
+        return JSONResponse({"id": stored.id, "width": stored.width, "height": stored.height})
+
+    async def image(self, request: Request) -> Response:
+        """A picture in display size."""
+        try:
+            data = await run_in_threadpool(self._assistant.images.thumbnail, request.path_params["id"])
+        except TurntableError as error:
+            return JSONResponse({"error": error.to_wire()}, error.status)
+        kind = "image/webp" if data[8:12] == b"WEBP" else "image/png"
+        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=31536000, immutable"})

@@ -1,0 +1,36 @@
+"""Looks: gradio's theme, the style sheet, the page's head. No font, script or picture comes from elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import gradio as gr
+
+from modules import assets
+from modules.settings import Settings
+
+
+def theme() -> gr.themes.Base:
+    """Teal on zinc with the system's own font: nothing to download."""
+    return gr.themes.Base(
+        primary_hue="teal", neutral_hue="zinc", radius_size="lg",
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    ).set(  # fmt: skip
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        body_background_fill="white", body_background_fill_dark="*neutral_950",
+    )
+
+
+def stylesheet() -> str:
+    """The page's CSS."""
+    return assets.stylesheet()
+
+
+def head(settings: Settings) -> str:
+    """The script of the page, and which tab to open."""
+    start = json.dumps({"preset": settings.preset}).replace("<", "\\u003c")
+    return (
+        f"<script>window.turntable={start}</script>"
+        f'<script defer src="{assets.script_address()}"></script>'
+        '<link rel="icon" href="/assets/icon.svg" type="image/svg+xml">'
+    )

@@ -1,0 +1,206 @@
+"""The one owner of the models: lease, queue, budget, swap, rollback, crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, LoadError
+from modules.loader import LeaseCancelled
+from modules.messages import EngineSpec, Loading, Message, Queued, Start
+
+from .conftest import children, eventually, in_thread
+
+
+def say(engine, count: int = 3, id: str = "r") -> int:
+    return sum(1 for e in engine.generate(Start(id, (Message("user", f"say {count}"),))) if type(e).__name__ == "Delta")
+
+
+def held(loader) -> list[str]:
+    return [m.spec.model.rsplit("/")[-1][:-5] for m in loader.snapshot().models]
+
+
+def test_a_resident_model_is_leased_without_a_load(make_loader, plan):
+    loader, spec, events = make_loader(), plan(bytes=100), []
+    with loader.lease(spec, needs_bytes=100, report=events.append) as engine:
+        assert say(engine) == 3
+        first = engine.pid
+    assert any(isinstance(e, Loading) for e in events)
+    events.clear()
+    with loader.lease(spec, needs_bytes=100, report=events.append) as engine:
+        assert engine.pid == first and loader.snapshot().models[0].leases == 1
+    assert events == [] and loader.snapshot().models[0].leases == 0
+
+
+def test_several_models_stay_within_the_budget_and_the_least_recently_used_goes(make_loader, plan):
+    loader = make_loader(budget=250)
+    for name in "abac":
+        with loader.lease(plan(name, bytes=100), needs_bytes=100) as engine:
+            say(engine)
+    assert held(loader) == ["c", "a"] and len(children()) == 2
+    assert loader.snapshot().used_bytes == 200
+
+
+def test_a_swap_waits_for_the_running_answer(make_loader, plan):
+    loader, order = make_loader(budget=150), []
+    a, b = plan("a", bytes=100, tokens_per_second=60), plan("b", bytes=100)
+
+    def long():
+        with loader.lease(a, needs_bytes=100) as engine:
+            say(engine, 40)
+            order.append("a ended")
+
+    thread = in_thread(long)
+    eventually(lambda: held(loader) == ["a"] and loader.snapshot().models[0].leases)
+    told = []
+    with loader.lease(b, needs_bytes=100, report=told.append):
+        order.append("b has it")
+    thread.join(5)
+    assert order == ["a ended", "b has it"] and told[0] == Queued(1) and held(loader) == ["b"]
+
+
+def test_nobody_waits_for_ever_behind_a_busy_model(make_loader, plan):
+    loader = make_loader(budget=150, patience_s=0.3)
+    a, b, stop, served = plan("a", bytes=100, tokens_per_second=50), plan("b", bytes=100), threading.Event(), []
+
+    def flood(i):
+        n = 0
+        while not stop.is_set():
+            with loader.lease(a, needs_bytes=100) as engine:
+                say(engine, 10, f"f{i}-{n}")
+            n += 1
+            served.append(i)
+
+    floods = [in_thread(lambda i=i: flood(i)) for i in range(3)]
+    eventually(lambda: len(served) > 2)
+    began = time.monotonic()
+    with loader.lease(b, needs_bytes=100):
+        waited = time.monotonic() - began
+    stop.set()
+    for thread in floods:
+        thread.join(10)
+    assert waited < 3
+
+
+def test_a_load_that_fails_brings_the_previous_model_back(make_loader, plan):
+    loader, told = make_loader(budget=150), []
+    a, broken = plan("a", bytes=100), plan("broken", bytes=100, fault="load_error")
+    with loader.lease(a, needs_bytes=100):
+        pass
+    with pytest.raises(LoadError, match="weights are broken"), loader.lease(broken, needs_bytes=100, report=told.append):
+        raise AssertionError("no lease on a broken model")
+    assert held(loader) == ["a"] and "restoring" in [e.stage for e in told if isinstance(e, Loading)]
+    with loader.lease(a, needs_bytes=100, report=told.append) as engine:
+        assert say(engine) == 3
+
+
+def test_a_model_that_loads_but_cannot_speak_is_refused(make_loader, plan):
+    loader = make_loader()
+    with pytest.raises(EngineCrashed), loader.lease(plan(fault="crash_after", after=0)):
+        raise AssertionError("the smoke test must catch it")
+    assert held(loader) == []
+
+
+def test_what_can_never_fit_is_refused_before_anything_goes(make_loader, plan):
+    loader = make_loader(budget=150)
+    with loader.lease(plan("a", bytes=100), needs_bytes=100):
+        pass
+    with pytest.raises(DoesNotFit, match="budget"), loader.lease(plan("b"), needs_bytes=1000):
+        pass
+    with pytest.raises(EngineMissing), loader.lease(EngineSpec("exllamav2", "x")):
+        pass
+    assert held(loader) == ["a"]
+
+
+def test_a_crash_frees_the_place_and_the_next_lease_starts_anew(make_loader, plan):
+    changed = threading.Event()
+    loader, spec = make_loader(on_change=changed.set), plan(bytes=100, tokens_per_second=50)
+    with pytest.raises(EngineCrashed), loader.lease(spec, needs_bytes=100) as engine:
+        threading.Timer(0.2, os.kill, (engine.pid, signal.SIGKILL)).start()
+        say(engine, 1000)
+    eventually(lambda: held(loader) == [], 1)
+    with loader.lease(spec, needs_bytes=100) as engine:
+        assert say(engine, 2) == 2
+
+
+def test_a_model_that_crashes_again_and_again_is_left_alone(make_loader, plan):
+    loader, spec = make_loader(), plan(fault="load_crash")
+    for _ in range(3):
+        with pytest.raises(EngineCrashed, match="exit code 7"), loader.lease(spec):
+            pass
+    with pytest.raises(EngineCrashed, match="left alone"), loader.lease(spec):
+        pass
+
+
+def test_two_who_want_the_same_model_share_one_load(make_loader, plan):
+    loader, spec, pids = make_loader(), plan(load_s=0.3), []
+
+    def one():
+        with loader.lease(spec) as engine:
+            pids.append(engine.pid)
+
+    threads = [in_thread(one) for _ in range(5)]
+    for thread in threads:
+        thread.join(10)
+    assert len(pids) == 5 and len(set(pids)) == 1
+
+
+def test_cancel_in_the_queue_and_in_the_load(make_loader, plan):
+    loader, wish = make_loader(), threading.Event()
+    outcome = []
+
+    def slow():
+        try:
+            with loader.lease(plan("slow", load_s=5), cancelled=wish):
+                outcome.append("loaded")
+        except LeaseCancelled:
+            outcome.append("cancelled")
+
+    thread = in_thread(slow)
+    eventually(lambda: loader.snapshot().progress is not None)
+    wish.set()
+    loader.wake()
+    thread.join(1.5)
+    assert outcome == ["cancelled"]
+    with loader.lease(plan("b")) as engine:
+        assert say(engine, 1) == 1
+
+
+def test_an_engine_that_keeps_its_process_swaps_in_place(make_loader, plan):
+    loader = make_loader(budget=150)
+    with loader.lease(plan("a", "keeps", bytes=100), needs_bytes=100) as engine:
+        first = engine.pid
+    with loader.lease(plan("b", "keeps", bytes=100), needs_bytes=100) as engine:
+        assert engine.pid == first and say(engine) == 3
+    assert held(loader) == ["b"] and len(children()) == 1
+
+
+def test_close_ends_every_child(make_loader, plan):
+    loader = make_loader()
+    for name in "ab":
+        with loader.lease(plan(name)):
+            pass
+    assert len(children()) == 2
+    loader.close()
+    assert children() == set()
+    with pytest.raises(LeaseCancelled), loader.lease(plan("a")):
+        pass
+
+
+def test_many_swaps_leave_nothing_behind(make_loader, plan):
+    loader = make_loader(budget=150)
+    specs = [plan(name, bytes=100) for name in "ab"]
+
+    def swap(times):
+        for i in range(times):
+            with loader.lease(specs[i % 2], needs_bytes=100) as engine:
+                say(engine, 1)
+
+    swap(4)
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    swap(20)
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= files and threading.active_count() <= threads)
