@@ -172,7 +172,8 @@ def serve(settings: Settings) -> int:
 
     server = Server(uvicorn.Config(
         gate, log_level="error", access_log=False, ws="websockets-sansio", ws_max_size=4_000_000, lifespan="on",
-        timeout_graceful_shutdown=3, server_header=False, date_header=False, http="h11", h11_max_incomplete_event_size=65536,
+        timeout_graceful_shutdown=3, server_header=False, date_header=False, http="h11",
+        h11_max_incomplete_event_size=65536,
     ))  # fmt: skip
     log.info("Turntable is on its way at %s", address)
     try:
@@ -192,7 +193,9 @@ def _listen(port: int) -> socket.socket:
         listener.bind(("127.0.0.1", port))
     except OSError as error:
         listener.close()
-        raise SettingsError(f"Port {port} is in use: {error.strerror}.", hint="Choose another one with --port.") from error
+        raise SettingsError(
+            f"Port {port} is in use: {error.strerror}.", hint="Choose another one with --port."
+        ) from error
     listener.listen(256)
     listener.setblocking(False)
     return listener

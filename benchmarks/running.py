@@ -123,7 +123,9 @@ class Reader:
         self.chat: str | None = None
 
     async def __aenter__(self) -> Reader:
-        self._socket = await websockets.connect(f"ws://{self._address}/live", max_size=None, origin=f"http://{self._address}")
+        self._socket = await websockets.connect(
+            f"ws://{self._address}/live", max_size=None, origin=f"http://{self._address}"
+        )
         return self
 
     async def __aexit__(self, *problem: object) -> None:

@@ -42,7 +42,10 @@ def measure() -> dict[str, Any]:
 def _import() -> float:
     """Seconds of importing gradio as the page does it, in a fresh process."""
     code = (
-        "import sys,time;t=time.perf_counter();from modules.ui import _NoStubs;sys.modules.setdefault('matplotlib',None);"
+        "import sys,time;t=time.perf_counter();from modules.ui import _NoStubs;"
+        "sys.modules.setdefault('matplotlib',None);"
         "sys.meta_path.insert(0,_NoStubs());import gradio;print(time.perf_counter()-t)"
     )
-    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )

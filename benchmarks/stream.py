@@ -64,7 +64,9 @@ def _history(folder: Path, turns: int) -> str:
     for turn in range(turns):
         chats.add_user(chat, f"Question {turn} about something", (), "paced")
         answer = chats.begin_answer(chat, "paced", "Fake")
-        chats.end_answer(answer.id, text=f"Answer {turn}. " + "It has **several** words. " * 12, reasoning="", state="done")
+        chats.end_answer(
+            answer.id, text=f"Answer {turn}. " + "It has **several** words. " * 12, reasoning="", state="done"
+        )
     chats.close()
     return chat
 

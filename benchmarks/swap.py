@@ -1,4 +1,4 @@
-"""From the click to the first token: a cold model, one from the page cache, one in memory; and the engine's own load time."""
+"""From the click to the first token: a cold model, one from the page cache, one in memory; the engine's own load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTIONS = {"assistant": "hello", "coding": "Write a function that squares a nu
 
 
 def measure() -> dict[str, Any]:
-    """Print the table; medians in seconds. The demo models; the budget holds one of them, so that every change is a swap."""
+    """Print the table; medians in seconds. The budget holds one of the demo models: every change is a swap."""
     files = sorted((ROOT / "demo" / "models").glob("*.gguf"))
     with tempfile.TemporaryDirectory() as name:
         engine_s = statistics.median(_engine_load() for _ in range(ROUNDS))

@@ -1,1 +1,1 @@
-"""Turntable's package. Reading order: messages, errors, presets, process, loader, assistant, live, ui, engines/worker."""
+"""Turntable's package. Read messages, errors, presets, process, loader, assistant, live, ui, engines/worker."""

@@ -40,7 +40,9 @@ def asset_routes() -> list[BaseRoute]:
 
     async def script(request: Request) -> Response:
         body = (FOLDER / "page.js").read_text(encoding="utf-8")
-        return Response(body, media_type="text/javascript", headers={"Cache-Control": "public, max-age=31536000, immutable"})
+        return Response(
+            body, media_type="text/javascript", headers={"Cache-Control": "public, max-age=31536000, immutable"}
+        )
 
     async def icon(request: Request) -> Response:
         return Response((FOLDER / "icon.svg").read_text(encoding="utf-8"), media_type="image/svg+xml")
@@ -53,4 +55,6 @@ def waiting_page(failed: str) -> HTMLResponse:
     if failed:
         body = f"<p><b>The page could not be built.</b></p><p>{html.escape(failed)}</p><p>The terminal and the log have the details.</p>"
         return HTMLResponse(WAITING.format(body=body, every=5000), 500)
-    return HTMLResponse(WAITING.format(body="<i></i><p>Turntable is starting …</p>", every=200), 503, {"Retry-After": "1"})
+    return HTMLResponse(
+        WAITING.format(body="<i></i><p>Turntable is starting …</p>", every=200), 503, {"Retry-After": "1"}
+    )

@@ -18,13 +18,27 @@ from pathlib import Path
 from modules import prompt
 from modules.chats import ChatInfo, ChatMessage, Chats
 from modules.errors import (
-    Busy, EngineMissing, ImageMissing, InvalidRequest, ModelNotDownloaded, TurntableError,
+    Busy,
+    EngineMissing,
+    ImageMissing,
+    InvalidRequest,
+    ModelNotDownloaded,
+    TurntableError,
 )  # fmt: skip
 from modules.images import Images, StoredImage
 from modules.library import Library, Located
 from modules.loader import LeaseCancelled, Loader, LoaderView
 from modules.messages import (
-    Counts, Delta, EngineSpec, Event, Failed, Finished, Message, Sampling, Start, Timings,
+    Counts,
+    Delta,
+    EngineSpec,
+    Event,
+    Failed,
+    Finished,
+    Message,
+    Sampling,
+    Start,
+    Timings,
 )  # fmt: skip
 from modules.presets import Preset, Presets, Variant
 from modules.process import EngineKind, EngineProcess
@@ -371,7 +385,7 @@ class Assistant:
 
 
 def needs_bytes(variant: Variant, size_bytes: int) -> int:
-    """Memory that a variant takes: its files, the KV cache (2 tensors, 2 bytes, halved for Q8 and less), and scratch."""
+    """Memory that a variant takes: files, KV cache (K and V, bytes per value by cache mode), scratch."""
     shape, per_value = variant.shape, {"FP16": 2.0, "Q8": 1.0625, "Q6": 0.8125, "Q4": 0.5625}[variant.cache_mode]
     cache = 0.0
     if shape:
@@ -387,4 +401,3 @@ def totals(counts: Counts | None, timings: Timings | None) -> dict[str, dict[str
         "counts": dataclasses.asdict(counts or Counts()),
         "timings": {name: round(value, 4) for name, value in spent.items()},
     }
-

@@ -94,7 +94,11 @@ class LoadError(TurntableError):
 class EngineMissing(LoadError):
     """The preset names an engine that this machine lacks."""
 
-    code, status, hint = "engine_missing", 501, "Install the engine, or choose a variant of another one on the Models page."
+    code, status, hint = (
+        "engine_missing",
+        501,
+        "Install the engine, or choose a variant of another one on the Models page.",
+    )
 
 
 class DoesNotFit(LoadError):
@@ -125,7 +129,11 @@ class GenerateError(TurntableError):
 class ContextTooLong(GenerateError):
     """The prompt does not fit the model's context."""
 
-    code, status, hint = "context_length_exceeded", 400, "Shorten the message, or choose a variant with a longer context."
+    code, status, hint = (
+        "context_length_exceeded",
+        400,
+        "Shorten the message, or choose a variant with a longer context.",
+    )
 
 
 class InvalidRequest(GenerateError):

@@ -131,7 +131,9 @@ class Gate:
             await self._app(scope, counted, dressed)
         except _TooMuch:
             if not started:
-                await _refuse(scope, send, TooLarge(f"The request has more than {self._rules.max_body_bytes // 1_000_000} MB."))
+                await _refuse(
+                    scope, send, TooLarge(f"The request has more than {self._rules.max_body_bytes // 1_000_000} MB.")
+                )
 
 
 async def _refuse(scope: Scope, send: Send, error: AccessError) -> None:
@@ -140,6 +142,11 @@ async def _refuse(scope: Scope, send: Send, error: AccessError) -> None:
         kind, body = b"text/plain; charset=utf-8", f"{error} {error.hint}\n".encode()
     else:
         kind, body = b"application/json", json.dumps({"error": error.to_wire()}).encode()
-    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), (b"connection", b"close"), *HEADERS]
+    headers = [
+        (b"content-type", kind),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+        *HEADERS,
+    ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -58,7 +58,9 @@ class Images:
     def add(self, data: bytes) -> StoredImage:
         """Check and store. Raises ImageRefused, ImageTooLarge, or ChatDamaged when the disk refuses."""
         if len(data) > self._limits.max_bytes:
-            raise ImageTooLarge(f"The picture has {len(data) / 1e6:.0f} MB; the most is {self._limits.max_bytes / 1e6:.0f} MB.")
+            raise ImageTooLarge(
+                f"The picture has {len(data) / 1e6:.0f} MB; the most is {self._limits.max_bytes / 1e6:.0f} MB."
+            )
         kind, width, height = header(data)
         self._check_size(width, height)
         with _opened(data, kind) as image:
@@ -117,7 +119,9 @@ class Images:
                 f"in all and {limits.max_side} on a side."
             )
         if min(width, height) < limits.min_side:
-            raise ImageRefused(f"The picture has {width} x {height} pixels; a side must have at least {limits.min_side}.")
+            raise ImageRefused(
+                f"The picture has {width} x {height} pixels; a side must have at least {limits.min_side}."
+            )
 
     def _clean(self, source: Path) -> Any:
         from PIL import Image, ImageOps

@@ -34,13 +34,44 @@ SLOW_S = 60.0
 log = logging.getLogger("turntable.live")
 
 
+class _Thought:
+    """A thought as it grows, with the methods of render.Stream. It is shown as it was written: 6*7 is no emphasis."""
+
+    def __init__(self) -> None:
+        self._shown, self._new = "", ""
+
+    def feed(self, piece: str) -> None:
+        self._new += piece
+
+    def patch(self) -> render.Patch | None:
+        if not self._new:
+            return None
+        fresh, self._new = _escaped(self._new), ""
+        first, self._shown = not self._shown, self._shown + fresh
+        return render.Patch(0, [_thought(fresh)]) if first else render.Patch(1, [], fresh)
+
+    finish = patch
+
+    def snapshot(self) -> list[str]:
+        return [_thought(self._shown)] if self._shown else []
+
+
+def _escaped(text: str) -> str:
+    """Escaped text without the block that render.plain puts around it."""
+    return render.plain(text).removeprefix('<div class="plain">').removesuffix("</div>")
+
+
+def _thought(html: str) -> str:
+    return f'<div class="plain" data-open>{html}</div>'
+
+
 class _Answer:
     """The rendering of one job, shared by all pages that show it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self._cursor = 0
-        self._streams = {"text": render.Stream(), "reasoning": render.Stream()}
+        self._streams: dict[str, render.Stream | _Thought] = {"text": render.Stream(), "reasoning": _Thought()}
         self._stage: dict[str, Any] | None = {"stage": "starting"}
         self._tokens = 0
         self._first_s = 0.0
@@ -213,7 +244,7 @@ class Live:
             self._to_all(self._list_frame())
 
     def _end(self, answer: _Answer) -> None:
-        """The last frame. The pages have the text already: sending and drawing a long one once more would stall them."""
+        """The last frame. The pages have the text already; drawing a long one once more would stall them."""
         job = answer.job
         del self._answers[job.id]
         message = self._message(job.message, job, with_text=False)
@@ -301,7 +332,9 @@ class Live:
                 raise InvalidRequest(f"The page sent an unknown command {where.get('do')!r}.")
             await action(page, where)
         except TurntableError as error:
-            page.push(json.dumps({"t": "error", "preset": where.get("preset"), "ref": where.get("ref"), **error.to_wire()}))
+            page.push(
+                json.dumps({"t": "error", "preset": where.get("preset"), "ref": where.get("ref"), **error.to_wire()})
+            )
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             log.debug("a page sent nonsense: %s", error)
             page.push(json.dumps({"t": "error", **InvalidRequest("The page sent a broken command.").to_wire()}))
@@ -370,7 +403,7 @@ class Live:
         elif m.role == "user":
             html, think = render.plain(m.text), ""
         else:
-            html, think = "".join(render.to_html(m.text)), "".join(render.to_html(m.reasoning))
+            html, think = "".join(render.to_html(m.text)), _thought(_escaped(m.reasoning)) if m.reasoning else ""
         return {
             "id": m.id, "seq": m.seq, "role": m.role, "state": m.state, "error": m.error, "images": list(m.images),
             "html": html, "think": think,

@@ -115,7 +115,8 @@ class Loader:
             )
             return LoaderView(
                 models, self._swapping.spec if self._swapping else None, self._progress,
-                sum(t is not self._swapping for t in self._queue), sum(m.memory_bytes for m in models), self._budget_bytes,
+                sum(t is not self._swapping for t in self._queue), sum(m.memory_bytes for m in models),
+                self._budget_bytes,
             )  # fmt: skip
 
     @contextlib.contextmanager
@@ -203,7 +204,8 @@ class Loader:
         self._crashes[ticket.spec] = recent
         if len(recent) >= CRASHES_PER_MINUTE:
             raise EngineCrashed(
-                f"The engine {ticket.spec.engine} crashed {len(recent)} times within a minute with this model; it is left alone.",
+                f"The engine {ticket.spec.engine} crashed {len(recent)} times within a minute with this model; "
+                "it is left alone.",
                 hint="Wait a minute, or choose another variant; the log has the engine's last lines.",
             )
 
@@ -234,7 +236,9 @@ class Loader:
 
     def _must_stand_back(self, resident: _Resident, ticket: _Ticket) -> bool:
         rival = resident.wanted_by
-        return rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
+        return (
+            rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
+        )
 
     def _first_swap(self) -> _Ticket | None:
         return next((t for t in self._queue if t.spec not in self._residents), None)
@@ -320,7 +324,7 @@ class Loader:
         return resident
 
     def _restore(self, ticket: _Ticket, victim: _Resident) -> None:
-        """Bring back what had to go for a load that failed. Its own failure is logged: the first reason matters more."""
+        """Bring back what had to go for a load that failed. Its own failure is only logged: the first reason counts."""
         self._tell(ticket, Loading("restoring", 0, victim.memory_bytes))
         try:
             self._load(ticket, victim.spec, victim.memory_bytes)

@@ -80,7 +80,9 @@ def _carry_images(turns: list[Message], max_turns: int, notes: list[str]) -> lis
         latest = next((m.images for m in reversed(gone) if m.images), ())
         kept[-1] = Message(kept[-1].role, kept[-1].text, latest)
     if gone:
-        notes.append("This model sees only your last message." if max_turns == 1 else f"This model sees {max_turns} turns.")
+        notes.append(
+            "This model sees only your last message." if max_turns == 1 else f"This model sees {max_turns} turns."
+        )
     return kept
 
 

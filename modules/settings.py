@@ -36,15 +36,16 @@ SETTINGS: tuple[Setting, ...] = (
             "Folder with the downloaded models.", "DIR"),
     Setting("memory_budget", "--memory-budget", "TURNTABLE_MEMORY_BUDGET", "60 % of the RAM",
             "Memory for loaded models, for example 12GB or 800MB; the least recently used goes first.", "SIZE"),
-    Setting("preset", "--preset", "TURNTABLE_PRESET", "the first one", "Preset whose tab is open at the start.", "NAME"),
+    Setting("preset", "--preset", "TURNTABLE_PRESET", "the first one",
+            "Preset whose tab is open at the start.", "NAME"),
     Setting("threads", "--threads", "TURNTABLE_THREADS", "physical cores less one",
             "Threads of llama.cpp.", "N"),
     Setting("load_timeout", "--load-timeout", "TURNTABLE_LOAD_TIMEOUT", "600",
             "Seconds after which a load counts as failed.", "S"),
     Setting("stall_timeout", "--stall-timeout", "TURNTABLE_STALL_TIMEOUT", "120",
             "Seconds of silence after which an engine counts as stuck.", "S"),
-    Setting("log_level", "--log-level", "TURNTABLE_LOG_LEVEL", "info", "How much is logged: debug, info, warning, error.",
-            "LEVEL"),
+    Setting("log_level", "--log-level", "TURNTABLE_LOG_LEVEL", "info",
+            "How much is logged: debug, info, warning, error.", "LEVEL"),
     Setting("engine", "--engine", "TURNTABLE_ENGINE", "none",
             "For developers: one more engine as NAME=MODULE:CLASS.", "SPEC"),
 )  # fmt: skip
@@ -90,13 +91,22 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--lan", action="store_true", help="Share with the local network; not built yet, refused.")
     _add_settings(top, top_level=True)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    ask = commands.add_parser("ask", help="Print a preset's answer in the terminal.",
-                              description="Print a preset's answer in the terminal, streamed, by the same path as the page.")
+    ask = commands.add_parser(
+        "ask",
+        help="Print a preset's answer in the terminal.",
+        description="Print a preset's answer in the terminal, streamed, by the same path as the page.",
+    )
     ask.add_argument("ask_preset", metavar="PRESET", help="Name of the preset, for example reasoning.")
     ask.add_argument("ask_text", metavar="TEXT", help="The message; - reads it from standard input.")
-    ask.add_argument("--image", dest="ask_images", action="append", default=[], metavar="FILE", help="A picture; may be repeated.")
-    ask.add_argument("--json", dest="ask_json", action="store_true",
-                     help="Print one object with text, reasoning, counts and timings.")
+    ask.add_argument(
+        "--image", dest="ask_images", action="append", default=[], metavar="FILE", help="A picture; may be repeated."
+    )
+    ask.add_argument(
+        "--json",
+        dest="ask_json",
+        action="store_true",
+        help="Print one object with text, reasoning, counts and timings.",
+    )
     _add_settings(ask, top_level=False)
     return top
 
@@ -104,8 +114,13 @@ def parser() -> argparse.ArgumentParser:
 def _add_settings(to: argparse.ArgumentParser, top_level: bool) -> None:
     for row in SETTINGS:
         # A subcommand takes the settings as well, without overwriting what stood before it.
-        to.add_argument(row.flag, dest=row.name, metavar=row.metavar, help=f"{row.help} [{row.default_text}]".replace("%", "%%"),
-                        default=None if top_level else argparse.SUPPRESS)
+        to.add_argument(
+            row.flag,
+            dest=row.name,
+            metavar=row.metavar,
+            help=f"{row.help} [{row.default_text}]".replace("%", "%%"),
+            default=None if top_level else argparse.SUPPRESS,
+        )
 
 
 def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:

@@ -65,7 +65,9 @@ def loopback_only():
     connect = socket.socket.connect
 
     def fenced(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(
+            ("127.", "::1", "localhost")
+        ):
             raise AssertionError(f"a test wanted to reach {address}")
         return connect(self, address)
 

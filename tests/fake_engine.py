@@ -2,7 +2,7 @@
 
 The "model file" is a small JSON file that says how to behave:
 {"load_s": 0, "bytes": 1000, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000, "text": "...",
- "fault": "load_error" | "load_crash" | "load_hang" | "crash_after" | "hang_after" | "garbage" | "error_after", "after": 3}
+ "after": 3, "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
 A user message "say N" answers with N tokens; "echo" repeats the message; otherwise `text` is the answer.
 """
 
@@ -98,7 +98,9 @@ class FakeEngine:
             emit(Delta(request.id, text, channel, 0))
         reason = "stopped" if stop.is_set() else "length" if len(limited) < len(words) else "stop"
         spent = max(1e-9, time.monotonic() - start)
-        emit(Finished(request.id, reason, Counts(prompt, 0, said, 0), Timings(start - began, spent, first, said / spent)))
+        emit(
+            Finished(request.id, reason, Counts(prompt, 0, said, 0), Timings(start - began, spent, first, said / spent))
+        )
         self.cancelled.pop(request.id, None)
 
     def _fault(self, request: Start, emit: Emit, said: int) -> None:

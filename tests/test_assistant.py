@@ -130,14 +130,17 @@ def test_the_vision_preset_asks_for_a_picture(assistant):
 
 def test_delete_stops_the_answer(assistant):
     job = assistant.reply(None, "say 5000", (), assistant.add_preset("a", tokens_per_second=50))
-    eventually(lambda: job.text())
+    eventually(job.text)
     assistant.delete(job.chat)
     eventually(lambda: job.done)
     with pytest.raises(ChatNotFound):
         assistant.messages(job.chat, None, 5) or assistant.chats.get(job.chat)
 
 
-@pytest.mark.parametrize(("preset", "question", "words"), [("reasoning", "What is 12 + 13?", "25"), ("assistant", "What does 6.5 bpw mean?", "weight")])
+@pytest.mark.parametrize(
+    ("preset", "question", "words"),
+    [("reasoning", "What is 12 + 13?", "25"), ("assistant", "What does 6.5 bpw mean?", "weight")],
+)
 def test_the_demo_models_answer(assistant, preset, question, words):
     job = assistant.reply(None, question, (), preset)
     assert isinstance(list(job.follow())[-1], Finished) and words in job.message.text

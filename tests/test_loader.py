@@ -91,7 +91,10 @@ def test_a_load_that_fails_brings_the_previous_model_back(make_loader, plan):
     a, broken = plan("a", bytes=100), plan("broken", bytes=100, fault="load_error")
     with loader.lease(a, needs_bytes=100):
         pass
-    with pytest.raises(LoadError, match="weights are broken"), loader.lease(broken, needs_bytes=100, report=told.append):
+    with (
+        pytest.raises(LoadError, match="weights are broken"),
+        loader.lease(broken, needs_bytes=100, report=told.append),
+    ):
         raise AssertionError("no lease on a broken model")
     assert held(loader) == ["a"] and "restoring" in [e.stage for e in told if isinstance(e, Loading)]
     with loader.lease(a, needs_bytes=100, report=told.append) as engine:

@@ -206,7 +206,7 @@ def test_llamacpp_answers_thinks_counts_and_stops(begin):
     engine = begin(LLAMA)
     engine.load(spec("reasoning", parallel=2), print)
     engine.ping()
-    assert engine.count_tokens(("", "12 + 13")) [0] == 0
+    assert engine.count_tokens(("", "12 + 13"))[0] == 0
     events = list(engine.generate(start("What is 12 + 13?", temperature=0.0)))
     thought = "".join(e.text for e in events if isinstance(e, Delta) and e.channel == "reasoning")
     answer = "".join(e.text for e in events if isinstance(e, Delta) and e.channel == "text")

@@ -33,12 +33,16 @@ def test_the_oldest_go_first_and_a_prompt_begins_with_a_person():
 
 
 def test_the_last_message_must_fit():
-    with pytest.raises(ContextTooLong, match="508 tokens.*room for 300"):
+    with pytest.raises(ContextTooLong, match=r"508 tokens.*room for 300"):
         build("", talk(500), Bounds(400, 100), count)
 
 
 def test_a_model_of_one_turn_takes_the_latest_picture_along():
-    turns = [Message("user", "what is this", ("1.png", "2.png")), Message("assistant", "a cat"), Message("user", "which colour")]
+    turns = [
+        Message("user", "what is this", ("1.png", "2.png")),
+        Message("assistant", "a cat"),
+        Message("user", "which colour"),
+    ]
     built = build("s", turns, Bounds(1000, 10, max_turns=1, max_images=1, image_tokens=16), count)
     assert built.messages == (Message("system", "s"), Message("user", "which colour", ("2.png",)))
     assert "only your last message" in built.left_out and "1 picture" in built.left_out

@@ -12,14 +12,22 @@ from modules.settings import SETTINGS, parser, read
 
 def test_defaults_and_precedence():
     s = read([], {"HOME": "/home/x"})
-    assert s.port == 7860 and s.command == "serve" and s.models_dir == s.data_dir / "models" and s.memory_budget_bytes > 1 << 28
+    assert (
+        s.port == 7860
+        and s.command == "serve"
+        and s.models_dir == s.data_dir / "models"
+        and s.memory_budget_bytes > 1 << 28
+    )
     assert read([], {"TURNTABLE_PORT": "7000"}).port == 7000
     assert read(["--port", "7001"], {"TURNTABLE_PORT": "7000"}).port == 7001
     assert read(["--port", "0", "--data-dir", "/a b/c"], {}).data_dir == Path("/a b/c")
     assert read([], {}).data_dir.name == "turntable"
 
 
-@pytest.mark.parametrize(("text", "size"), [("12GB", 12 << 30), ("800 mb", 800 << 20), ("1.5g", 3 << 29), ("99999999", 99999999), ("2GiB", 2 << 30)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GB", 12 << 30), ("800 mb", 800 << 20), ("1.5g", 3 << 29), ("99999999", 99999999), ("2GiB", 2 << 30)],
+)
 def test_sizes(text, size):
     assert read(["--memory-budget", text], {}).memory_budget_bytes == size
 
@@ -29,7 +37,8 @@ def test_sizes(text, size):
     [
         (["--port", "x"], "not a whole number"), (["--port", "70000"], "between 0 and 65535"),
         (["--memory-budget", "lots"], "not a size"), (["--memory-budget", "1MB"], "less than 16 MB"),
-        (["--lan"], "not built yet"), (["--log-level", "loud"], "debug, info"), (["--engine", "x"], "NAME=MODULE:CLASS"),
+        (["--lan"], "not built yet"), (["--log-level", "loud"], "debug, info"),
+        (["--engine", "x"], "NAME=MODULE:CLASS"),
     ],
 )  # fmt: skip
 def test_refusals(arguments, words):
@@ -40,7 +49,14 @@ def test_refusals(arguments, words):
 
 def test_ask():
     s = read(["--threads", "2", "ask", "vision", "what?", "--image", "a.png", "--json", "--port", "1"], {})
-    assert (s.command, s.ask_preset, s.ask_text, s.ask_json, s.threads, s.port) == ("ask", "vision", "what?", True, 2, 1)
+    assert (s.command, s.ask_preset, s.ask_text, s.ask_json, s.threads, s.port) == (
+        "ask",
+        "vision",
+        "what?",
+        True,
+        2,
+        1,
+    )
     assert s.ask_images == (Path("a.png").absolute(),)
 
 

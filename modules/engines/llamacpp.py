@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -66,7 +65,9 @@ class LlamaCpp:
         for file in files:
             done = _read_once(file, done, total, progress)
         progress(Loading("warming", total, total))
-        self._folder = os.environ.get("TURNTABLE_ENGINE_DIR") or tempfile.mkdtemp(prefix="turntable-engine-")  # mode 0700
+        self._folder = os.environ.get("TURNTABLE_ENGINE_DIR") or tempfile.mkdtemp(
+            prefix="turntable-engine-"
+        )  # mode 0700
         try:
             self._server = xllamacpp.Server(self._parameters(spec))
         except RuntimeError as error:
@@ -139,7 +140,11 @@ class LlamaCpp:
 
     def _answer(self, request: Start, emit: Emit) -> None:
         try:
-            emit(_Answer(request, emit, self._cancelled[request.id], self._thought_is_opened(request.thinking)).run(self._server))
+            emit(
+                _Answer(request, emit, self._cancelled[request.id], self._thought_is_opened(request.thinking)).run(
+                    self._server
+                )
+            )
         except Exception as error:  # this thread's boundary: every failure leaves as data
             known = error if isinstance(error, TurntableError) else GenerateError(f"llama.cpp failed: {error}")
             emit(Failed(request.id, **known.to_wire()))
@@ -206,7 +211,8 @@ class _Answer:
         s = self._request.sampling
         body: dict[str, Any] = {
             "messages": [_to_openai(m) for m in self._request.messages],
-            "stream": True, "stream_options": {"include_usage": True}, "timings_per_token": True, "return_progress": True,
+            "stream": True, "stream_options": {"include_usage": True},
+            "timings_per_token": True, "return_progress": True,
             "temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k, "min_p": s.min_p,
             "repeat_penalty": s.repetition_penalty, "presence_penalty": s.presence_penalty,
             "frequency_penalty": s.frequency_penalty, "max_tokens": s.max_tokens, "reasoning_format": "none",
@@ -263,7 +269,9 @@ class _Answer:
             first_token_s=self._first_token_s, tokens_per_second=t.get("predicted_per_second", 0.0),
         )  # fmt: skip
         reason = "stopped" if self._cancelled.is_set() else self._reason
-        return Finished(self._request.id, reason if reason in ("stop", "length", "stopped") else "stop", counts, timings)
+        return Finished(
+            self._request.id, reason if reason in ("stop", "length", "stopped") else "stop", counts, timings
+        )
 
 
 def _to_openai(message: Message) -> dict[str, Any]:
@@ -310,11 +318,11 @@ def _default_threads() -> int:
 def _resident_bytes() -> int:
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform != "win32":
+    try:
         import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return 0
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -1,4 +1,4 @@
-"""The page: the only importer of gradio. Layout, tabs, inputs; what moves comes over live.py's WebSocket (assets/page.js).
+"""The page: the only importer of gradio. What moves comes over live.py's WebSocket (assets/page.js).
 
 Gradio's own chat renders a whole conversation at every update (facts in
 docs/decisions.md), so the conversation is a log that the script appends to, and
@@ -31,7 +31,7 @@ def build_page(assistant: Assistant, settings: Settings) -> Any:
     demo.queue(max_size=200)
     demo._queue.sleep_when_free = 0.1  # polled every millisecond as it comes: 7.5 % of a core when idle
     demo._queue.progress_update_sleep_when_free = 0.5
-    demo.state_session_capacity = 200  # type: ignore[attr-defined]
+    demo.state_session_capacity = 200
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     return gr.mount_gradio_app(
         outer, demo, path="/", run_history=False, footer_links=[], max_file_size="1mb", show_error=False,

@@ -33,7 +33,8 @@ def blocks(assistant: Assistant, settings: Settings) -> gr.Blocks:
                         _panel(assistant, preset)
                 with gr.Tab("Models", id="models", elem_id="panel-models", render_children=True):
                     _models_page(assistant, broken)
-    return demo
+    page: gr.Blocks = demo
+    return page
 
 
 def _strip(presets: list[Preset]) -> str:

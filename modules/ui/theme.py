@@ -13,11 +13,16 @@ from modules.settings import Settings
 def theme() -> gr.themes.Base:
     """Teal on zinc with the system's own font: nothing to download."""
     return gr.themes.Base(
-        primary_hue="teal", neutral_hue="zinc", radius_size="lg",
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
-    ).set(  # fmt: skip
-        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
-        body_background_fill="white", body_background_fill_dark="*neutral_950",
+        primary_hue="teal",
+        neutral_hue="zinc",
+        radius_size="lg",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+    ).set(
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        body_background_fill="white",
+        body_background_fill_dark="*neutral_950",
     )
 
 

@@ -32,7 +32,15 @@ class Server:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = (folder / "server.log").open("ab")
-        command = [sys.executable, str(ROOT / "app.py"), "--port", str(self.port), "--data-dir", str(folder / "data"), *arguments]
+        command = [
+            sys.executable,
+            str(ROOT / "app.py"),
+            "--port",
+            str(self.port),
+            "--data-dir",
+            str(folder / "data"),
+            *arguments,
+        ]
         self.child = subprocess.Popen(command, cwd=folder, stdout=self._log, stderr=self._log)
 
     def wait(self) -> Server:
@@ -91,7 +99,13 @@ def server(folder):
 @pytest.fixture(scope="session")
 def chromium():
     path = os.environ.get("TURNTABLE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    flags = [
+        "--no-sandbox",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
@@ -114,7 +128,12 @@ class Driver:
         self.errors: list[str] = []
         self.foreign: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda r: self.foreign.append(r.url) if not r.url.startswith((url, "data:", "blob:", "ws://127.0.0.1")) else None)
+        self.page.on(
+            "request",
+            lambda r: (
+                self.foreign.append(r.url) if not r.url.startswith((url, "data:", "blob:", "ws://127.0.0.1")) else None
+            ),
+        )
         self.page.goto(url + "/" + query)
         self.page.wait_for_selector("body.ready:not(.offline)", timeout=30_000)
 
