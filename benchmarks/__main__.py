@@ -1,4 +1,4 @@
-"""`python -m benchmarks stream|swap|start [--json FILE]`: print a table, and write the figures if asked."""
+"""`python -m benchmarks stream|swap|start|page|soak [--json FILE]`: print a table, and write the figures if asked."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import start, stream, swap
+from benchmarks import page, soak, start, stream, swap
 
-BENCHMARKS = {"stream": stream.measure, "swap": swap.measure, "start": start.measure}
+BENCHMARKS = {
+    "stream": stream.measure,
+    "swap": swap.measure,
+    "start": start.measure,
+    "page": page.measure,
+    "soak": soak.measure,
+}
 
 
 def main() -> int:

@@ -321,9 +321,10 @@ class Live:
     async def _handle(self, page: _Page, line: str) -> None:
         where: dict[str, Any] = {}
         try:
-            where = json.loads(line)
-            if not isinstance(where, dict):
+            said = json.loads(line)
+            if not isinstance(said, dict):
                 raise InvalidRequest("The page sent something that is not a command.")
+            where = said
             action = {
                 "open": self._do_open, "send": self._do_send, "stop": self._do_stop,
                 "delete": self._do_delete, "earlier": self._do_earlier,
@@ -335,7 +336,7 @@ class Live:
             page.push(
                 json.dumps({"t": "error", "preset": where.get("preset"), "ref": where.get("ref"), **error.to_wire()})
             )
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             log.debug("a page sent nonsense: %s", error)
             page.push(json.dumps({"t": "error", **InvalidRequest("The page sent a broken command.").to_wire()}))
 

@@ -580,7 +580,9 @@ class Stream:
     are rendered again when they have grown by half, up to 32,000. Not for several threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slow_preview_s: float = SLOW_PREVIEW_S) -> None:
+        """slow_preview_s: a preview that took longer, in CPU seconds, is not repeated for the same chunk."""
+        self._slow_preview_s = slow_preview_s
         self._parser = _Parser()
         self._references: dict[str, Any] = {}
         self._splitter = _Splitter()
@@ -692,7 +694,7 @@ class Stream:
         source = body + line if not hidden else body
         began_s = time.thread_time()
         blocks = [*self._frozen, *self._parser.blocks(source, self._preview_env())]
-        self._is_slow = self._is_slow or time.thread_time() - began_s > SLOW_PREVIEW_S
+        self._is_slow = self._is_slow or time.thread_time() - began_s > self._slow_preview_s
         if size <= LONG_PREVIEW and not self._is_slow:
             return self._show(blocks)
         grown = size * 1.5

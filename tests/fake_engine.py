@@ -1,7 +1,7 @@
 """An engine without a model, timing-true, with faults on order. It enters by the front door: `--engine fake=...`.
 
 The "model file" is a small JSON file that says how to behave:
-{"load_s": 0, "bytes": 1000, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000, "text": "...",
+{"load_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000, "text": "...",
  "after": 3, "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
 A user message "say N" answers with N tokens; "echo" repeats the message; otherwise `text` is the answer.
 """
@@ -86,8 +86,9 @@ class FakeEngine:
         limited = words[: request.sampling.max_tokens]
         pace, first, said = 1 / float(self.plan.get("tokens_per_second", 1000)), 0.0, 0
         splitter, start = ThoughtSplitter(), time.monotonic()
+        burst = int(self.plan.get("burst", 0))  # so many words come at once
         for word in limited:
-            if stop.wait(max(0.0, start + (said + 1) * pace - time.monotonic())):
+            if stop.wait(max(0.0, start + (said + 1 - burst) * pace - time.monotonic())):
                 break
             self._fault(request, emit, said)
             first = first or time.monotonic() - began

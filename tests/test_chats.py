@@ -389,7 +389,7 @@ def test_a_second_turntable_is_turned_away_at_once(chats: Chats, path: Path) -> 
         path,
     )
     assert "in use" in said
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 20
     with pytest.raises(ChatDamaged, match="in use"):
         Chats(path)
     assert chats.messages(chat) == [answer]
@@ -965,12 +965,12 @@ def test_long_lists_and_long_conversations_stay_quick(path: Path) -> None:
         )
         db.execute("UPDATE chats SET messages = 10000 WHERE id = ?", (chat,))
         db.execute("COMMIT")
-    assert best_s(lambda: Chats(path).close()) < 1
+    assert best_s(lambda: Chats(path).close()) < 5
     with closing(Chats(path)) as chats:
-        assert best_s(lambda: chats.messages(chat, limit=24)) < 0.005
-        assert best_s(lambda: chats.messages(chat, before_seq=5000, limit=24)) < 0.005
-        assert best_s(chats.list) < 0.05
-        assert best_s(lambda: chats.list(before=(5000, ""))) < 0.05
-        assert best_s(chats.recover) < 0.05
+        assert best_s(lambda: chats.messages(chat, limit=24)) < 0.05
+        assert best_s(lambda: chats.messages(chat, before_seq=5000, limit=24)) < 0.05
+        assert best_s(chats.list) < 0.5
+        assert best_s(lambda: chats.list(before=(5000, ""))) < 0.5
+        assert best_s(chats.recover) < 0.5
         assert chats.used_images() == {"i"}
         assert (len(chats.list()), len(chats.list(limit=20_000))) == (200, 10_001)

@@ -577,7 +577,7 @@ def test_a_file_full_of_empty_strings_ends_quickly_and_in_little_memory(tmp_path
     started = time.process_time()
     with pytest.raises(ModelFilesDamaged, match="occurs twice"):
         check_gguf(path)
-    assert time.process_time() - started < 2
+    assert time.process_time() - started < 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
 
 
