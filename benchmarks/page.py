@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.running import add_fake, program
 
 PIECE = (
-    "## Part {i}\n\nSome **bold** words, a `name` and a [link](https://example.org/{i}) in a paragraph that goes on for "
-    "a while so that it wraps.\n\n- first point\n- second *point*\n\n| a | b |\n|---|---|\n| 1 | {i} |\n\n"
+    "## Part {i}\n\nSome **bold** ones, a `name` and a [link](https://example.org/{i}) in a paragraph that goes on "
+    "for a while so that it wraps.\n\n- first point\n- second *point*\n\n| a | b |\n|---|---|\n| 1 | {i} |\n\n"
     "```python\ndef f{i}(x):\n    return x + {i}\n```\n\n"
 )
 FLAGS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

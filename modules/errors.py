@@ -8,7 +8,7 @@ TurntableError                    code, status, hint
 ├─ GenerateError     ContextTooLong 400 · InvalidRequest 400 · Busy 429 · EngineStuck 504
 ├─ ImageError        ImageRefused 415 · ImageTooLarge 413 · ImageMissing 400
 ├─ ChatError         ChatNotFound 404 · ChatDamaged 500
-└─ AccessError       Forbidden 403 · TooLarge 413
+└─ AccessError       Forbidden 403 · WrongHost 421 · TooLarge 413
 
 The page shows `str(error)` and `error.hint`; an API answers `error.status` and
 `error.code`; a child process sends `to_wire()` and the parent raises `from_wire()`.
@@ -206,6 +206,12 @@ class Forbidden(AccessError):
     """The request came from another site, or names another host."""
 
     code, status, hint = "forbidden", 403, "Open the address that Turntable printed at its start."
+
+
+class WrongHost(AccessError):
+    """The request names a host that is not this machine."""
+
+    code, status, hint = "wrong_host", 421, "Open the address that Turntable printed at its start."
 
 
 class TooLarge(AccessError):

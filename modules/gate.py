@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from modules.errors import AccessError, Forbidden, TooLarge
+from modules.errors import AccessError, Forbidden, TooLarge, WrongHost
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -39,12 +39,6 @@ class GateRules:
 
     hosts: frozenset[str] = frozenset({"127.0.0.1", "localhost", "[::1]"})
     max_body_bytes: int = 25_000_000
-
-
-class _WrongHost(Forbidden):
-    """421 instead of 403: this server does not answer for that name."""
-
-    code, status = "wrong_host", 421
 
 
 class _TooMuch(Exception):
@@ -81,7 +75,7 @@ class Gate:
         hosts = [value.decode("latin-1") for value in found.get(b"host", [])]
         match = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if match is None or match[1].lower() not in self._rules.hosts:
-            return _WrongHost(f"This server does not answer for {hosts[0] if hosts else 'a request without a host'!r}.")
+            return WrongHost(f"This server does not answer for {hosts[0] if hosts else 'a request without a host'!r}.")
         socket, method = scope["type"] == "websocket", scope.get("method", "GET")
         origins = [value.decode("latin-1").lower() for value in found.get(b"origin", [])]
         site = b",".join(found.get(b"sec-fetch-site", [])).lower()

@@ -50,7 +50,7 @@ def port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         number = probe.getsockname()[1]
-    config = uvicorn.Config(Gate(inner, GateRules(max_body_bytes=1000)), host="127.0.0.1", port=number, log_level="error",
+    config = uvicorn.Config(Gate(inner, GateRules(max_body_bytes=1000)), host="127.0.0.1", port=number, log_level="error",  # noqa: E501
                             ws="websockets-sansio")  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

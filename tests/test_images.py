@@ -42,7 +42,8 @@ def test_the_three_formats_are_taken(images, kind, options):
     ("data", "words"),
     [
         (b"<svg onload=x>", "SVG"), (b"GIF89a" + bytes(50), "GIF"), (b"%PDF-1.7", "PDF"), (b"", "something else"),
-        (b"\x00\x00\x00\x18ftypheic" + bytes(30), "HEIC"), (b"PK\x03\x04", "zip"), (b"\x89PNG\r\n\x1a\n", "cut off|looks like"),
+        (b"\x00\x00\x00\x18ftypheic" + bytes(30), "HEIC"), (b"PK\x03\x04", "zip"),
+        (b"\x89PNG\r\n\x1a\n", "cut off|looks like"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF", "damaged"), (b"RIFF\0\0\0\0WEBPVP8?" + bytes(20), "damaged"),
         (encoded()[:60], "damaged or cut off"), (encoded("JPEG")[:-200], "damaged"),
     ],
