@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts Turntable: makes .venv on the first start, installs requirements.txt, and runs app.py with your arguments.
 #
-#   ./start.sh                        opens the page in your browser
+#   ./start.sh                        serves the page and prints its address
 #   ./start.sh --port 7861            arguments are handed to app.py; --help lists them
 #   ./start.sh ask reasoning "…"      so are commands
 #

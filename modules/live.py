@@ -409,7 +409,7 @@ class Live:
             "id": m.id, "seq": m.seq, "role": m.role, "state": m.state, "error": m.error, "images": list(m.images),
             "html": html, "think": think,
             "variant": m.variant, "stats": self._stats(m),
-            "note": job.note if job else "",
+            "note": job.note if job else "", "context": job.context if job else 0,
         }  # fmt: skip
 
     def _stats(self, m: ChatMessage) -> dict[str, float] | None:

@@ -32,7 +32,7 @@ def test_a_sum_with_its_thought_folded(drive):
     thought.locator("summary").click()
     assert "36*7=252" in thought.locator(".body").inner_text()
     assert "Reasoning" in drive.page.inner_text("#status-model")
-    assert re.search(r"\d+ tok/s.*first token.*context \d+", drive.page.inner_text("#status-speed"))
+    assert re.search(r"\d+ tok/s.*first token.*context \d+/2048", drive.page.inner_text("#status-speed"))
 
 
 def test_a_function_that_runs(drive):
@@ -62,6 +62,40 @@ def test_a_question_about_the_app(drive):
     drive.send("assistant", "What does 6.5 bpw mean?")
     assert "bits per weight" in drive.answer("assistant").lower()
     assert drive.errors == [] and drive.foreign == []
+
+
+@pytest.mark.parametrize("way", ["paste", "drop"])
+def test_pictures_come_by_paste_and_by_drop(drive, picture, way):
+    import base64
+
+    drive.tab("vision")
+    drive.page.evaluate(
+        """([way, data]) => {
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), box = document.querySelector('#message-vision textarea');
+            const carrier = new DataTransfer();
+            carrier.items.add(new File([bytes], 'circle.png', { type: 'image/png' }));
+            const event = way === 'paste' ? new ClipboardEvent('paste', { clipboardData: carrier, bubbles: true, cancelable: true })
+              : new DragEvent('drop', { dataTransfer: carrier, bubbles: true, cancelable: true });
+            box.dispatchEvent(event);
+        }""",
+        [way, base64.b64encode(picture.read_bytes()).decode()],
+    )
+    drive.page.wait_for_selector("#image-vision .tray img")
+    drive.send("vision", "What do you see?")
+    assert "red circle" in drive.answer("vision")
+    drive.send("vision", "What colour is the circle?")
+    assert "red" in drive.answer("vision", 2)
+    assert "only your last message" in drive.last("vision").inner_text()
+
+
+def test_several_pictures_and_taking_one_away(drive, picture):
+    drive.tab("vision")
+    other = picture.with_name("other.png")
+    Image.new("RGB", (64, 64), "blue").save(other)
+    drive.page.set_input_files("#image-vision input[type=file]", [picture, other])
+    drive.page.wait_for_function("document.querySelectorAll('#image-vision .tray img').length === 2")
+    drive.page.locator("#image-vision .tray button").last.click()
+    assert drive.page.locator("#image-vision .tray img").count() == 1
 
 
 def test_what_is_no_picture_is_refused(drive, tmp_path):

@@ -98,7 +98,7 @@
         const old = $(`.bot[data-id="${f.message.id}"]`, log), near = atEnd(log);
         if (old) finish(old, f.message, !f.streamed); else log.append(message(f.message));
         state(log.dataset.preset, false);
-        if (log.dataset.preset === current && f.message.stats) speed(f.message.stats);
+        if (log.dataset.preset === current && f.message.stats) speed({ ...f.message.stats, context: f.message.context });
         if (near) down(log, true);
       });
     },
