@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 from modules import render
 
 FOLDER = Path(__file__).resolve().parent / "ui" / "assets"
+KINDS = {"page.js": "text/javascript", "outer.css": "text/css", "icon.svg": "image/svg+xml"}
 WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Turntable</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="refresh" content="10">
 <style>body{{font:16px system-ui,sans-serif;display:grid;place-items:center;height:100vh;margin:0;background:#fafafa;color:#27272a}}
@@ -29,25 +30,23 @@ def stylesheet() -> str:
     return (FOLDER / "page.css").read_text(encoding="utf-8") + render.css()
 
 
-def script_address() -> str:
-    """Address of the page's script; it changes with the file, so that caches never serve an old one."""
-    digest = hashlib.sha256((FOLDER / "page.js").read_bytes()).hexdigest()[:12]
-    return f"/assets/page.js?v={digest}"
+def address(name: str) -> str:
+    """Address of a static file; it changes with the file, so that caches never serve an old one."""
+    digest = hashlib.sha256((FOLDER / name).read_bytes()).hexdigest()[:12]
+    return f"/assets/{name}?v={digest}"
 
 
 def asset_routes() -> list[BaseRoute]:
     """Routes of the static files."""
 
-    async def script(request: Request) -> Response:
-        body = (FOLDER / "page.js").read_text(encoding="utf-8")
-        return Response(
-            body, media_type="text/javascript", headers={"Cache-Control": "public, max-age=31536000, immutable"}
-        )
+    async def file(request: Request) -> Response:
+        name = request.url.path.rsplit("/", 1)[-1].replace("favicon.ico", "icon.svg")
+        body = (FOLDER / name).read_text(encoding="utf-8")
+        kept = "public, max-age=31536000, immutable" if request.query_params.get("v") else "no-cache"
+        return Response(body, media_type=KINDS[name], headers={"Cache-Control": kept})
 
-    async def icon(request: Request) -> Response:
-        return Response((FOLDER / "icon.svg").read_text(encoding="utf-8"), media_type="image/svg+xml")
-
-    return [Route("/assets/page.js", script), Route("/assets/icon.svg", icon), Route("/favicon.ico", icon)]
+    # One by one: gradio serves its own files below /assets.
+    return [*(Route(f"/assets/{name}", file, name=name) for name in KINDS), Route("/favicon.ico", file, name="icon.svg")]
 
 
 def waiting_page(failed: str) -> HTMLResponse:

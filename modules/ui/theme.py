@@ -34,8 +34,10 @@ def stylesheet() -> str:
 def head(settings: Settings) -> str:
     """The script of the page, and which tab to open."""
     start = json.dumps({"preset": settings.preset}).replace("<", "\\u003c")
+    script, sheet = assets.address("page.js"), assets.address("outer.css")
     return (
         f"<script>window.turntable={start}</script>"
-        f'<script defer src="{assets.script_address()}"></script>'
+        f'<script defer src="{script}"></script>'
+        f'<link rel="stylesheet" href="{sheet}">'
         '<link rel="icon" href="/assets/icon.svg" type="image/svg+xml">'
     )

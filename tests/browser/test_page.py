@@ -71,11 +71,13 @@ def test_pictures_come_by_paste_and_by_drop(drive, picture, way):
     drive.tab("vision")
     drive.page.evaluate(
         """([way, data]) => {
-            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), box = document.querySelector('#message-vision textarea');
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+            const box = document.querySelector('#message-vision textarea');
             const carrier = new DataTransfer();
             carrier.items.add(new File([bytes], 'circle.png', { type: 'image/png' }));
-            const event = way === 'paste' ? new ClipboardEvent('paste', { clipboardData: carrier, bubbles: true, cancelable: true })
-              : new DragEvent('drop', { dataTransfer: carrier, bubbles: true, cancelable: true });
+            const how = { bubbles: true, cancelable: true };
+            const event = way === 'paste' ? new ClipboardEvent('paste', { clipboardData: carrier, ...how })
+              : new DragEvent('drop', { dataTransfer: carrier, ...how });
             box.dispatchEvent(event);
         }""",
         [way, base64.b64encode(picture.read_bytes()).decode()],
@@ -104,6 +106,8 @@ def test_what_is_no_picture_is_refused(drive, tmp_path):
     fake.write_text("<svg onload=alert(1)>")
     drive.page.set_input_files("#image-vision input[type=file]", fake)
     drive.page.wait_for_selector(".toast")
+    box = drive.page.locator(".toast").bounding_box()
+    assert box["x"] > 640 and 400 < box["y"] < 800 and "SVG" in drive.page.inner_text(".toast")
     assert drive.page.locator("#image-vision .tray img").count() == 0
 
 
@@ -148,6 +152,25 @@ def test_nothing_is_wider_than_the_window(chromium, server, width, height):
         drive.tab(name)
         assert drive.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert drive.page.locator(f"#send-{name}").bounding_box()["x"] < width - 30
+    context.close()
+
+
+@pytest.mark.parametrize(("width", "first"), [(1280, True), (390, False)])
+def test_the_list_of_conversations_opens_and_closes(chromium, server, width, first):
+    context = chromium.new_context(viewport={"width": width, "height": 800})
+    drive = Driver(context, server.url)
+
+    def seen() -> bool:
+        return drive.page.evaluate(
+            "(() => { const r = document.querySelector('#new-chat').getBoundingClientRect();"
+            " return r.width > 0 && r.left >= 0 })()"
+        )
+
+    assert seen() is first
+    for wanted in (not first, first):
+        drive.page.click("#side-toggle")
+        drive.page.wait_for_timeout(400)
+        assert seen() is wanted
     context.close()
 
 

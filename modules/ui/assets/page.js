@@ -149,7 +149,7 @@
     $$('.oops', row).forEach(old => old.remove());
     if (m.html) foot.append(make('button', { type: 'button', class: 'copy-all' }, 'Copy'));
     const marks = { stopped: 'Stopped', broken: 'Broken off', length: 'Cut at the limit of max tokens', running: '' };
-    if (marks[m.state]) foot.append(make('span', { class: 'mark ' + m.state }, marks[m.state]));
+    if (marks[m.state] && !(m.error && !m.html && !m.think)) foot.append(make('span', { class: 'mark ' + m.state }, marks[m.state]));
     if (m.note) foot.append(make('span', { class: 'note' }, m.note));
     if (m.stats && m.stats.completion) foot.append(make('span', { class: 'stats', title: m.variant }, `${m.variant} · ${m.stats.completion} tokens · ${Math.round(m.stats.tokens_per_second)} tok/s`));
     if (m.error) foot.before(make('div', { class: 'oops', role: 'alert' }, make('b', {}, m.error.message), ' ' + (m.error.hint || '')));
@@ -259,12 +259,13 @@
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
-    document.body.classList.toggle('side-open', openIt);
+    document.body.classList.toggle('side-open', openIt === undefined ? !document.body.classList.contains('side-open') : openIt);
     $('#side-toggle').setAttribute('aria-expanded', document.body.classList.contains('side-open'));
   }
   document.addEventListener('click', event => {
     const at = selector => event.target.closest(selector);
     let hit;
+    if (innerWidth < 900 && document.body.classList.contains('side-open') && !at('#side') && !at('#side-toggle')) side(false);
     if ((hit = at('#tabbar button'))) go(hit.dataset.tab);
     else if ((hit = at('button.send'))) send(hit.id.slice(5));
     else if ((hit = at('button.stop'))) { const chat = shown[hit.id.slice(5)]; if (chat) tell({ do: 'stop', chat }); }
