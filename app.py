@@ -152,6 +152,7 @@ def serve(settings: Settings) -> int:
         log.warning("%d answers were cut off when Turntable ended last time; they are marked", broken)
     hub: list[Live] = []
     assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
+    assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     live = Live(assistant)
     hub.append(live)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"

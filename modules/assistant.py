@@ -123,6 +123,7 @@ class Assistant:
         self._loader, self._kinds, self._threads = loader, kinds, threads
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # by conversation
+        self._claimed: set[str] = set()  # conversations whose answer is about to begin
         self._located: dict[Variant, tuple[float, Located]] = {}
         self._labels: dict[EngineSpec, str] = {}
         self.on_job: Callable[[Job], None] = lambda job: None
@@ -139,20 +140,28 @@ class Assistant:
         """
         preset = self.presets.get(preset_name)
         self._check(text, images)
-        if chat is not None:
-            self.chats.get(chat)
+        if chat is None:
+            chat = self.chats.create(preset.name).id
+        self._claim(chat)
+        try:
+            self.chats.add_user(chat, text, tuple(images), preset.name)
+            job = Job(chat, self.chats.begin_answer(chat, preset.name, ""), preset)
             with self._lock:
-                if chat in self._jobs:
-                    raise Busy("This conversation is still being answered.")
-        chat = chat or self.chats.create(preset.name).id
-        self.chats.add_user(chat, text, tuple(images), preset.name)
-        message = self.chats.begin_answer(chat, preset.name, "")
-        job = Job(chat, message, preset)
-        with self._lock:
-            self._jobs[chat] = job
+                self._jobs[chat] = job
+        finally:
+            with self._lock:
+                self._claimed.discard(chat)
         threading.Thread(target=self._run, args=(job,), name=f"job-{job.id}", daemon=True).start()
         self.on_chats()
         return job
+
+    def _claim(self, chat: str) -> None:
+        """One answer at a time for a conversation, also when two pages send at the same moment."""
+        self.chats.get(chat)
+        with self._lock:
+            if chat in self._jobs or chat in self._claimed:
+                raise Busy("This conversation is still being answered.")
+            self._claimed.add(chat)
 
     def stop(self, chat: str) -> bool:
         """Stop the conversation's answer; False when none is in progress."""

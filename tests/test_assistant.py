@@ -14,7 +14,7 @@ from modules.library import Library
 from modules.messages import Delta, Failed, Finished
 from modules.presets import Presets
 
-from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually
+from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually, in_thread
 
 PRESET = """title = "{name}"
 task = "{task}"
@@ -79,6 +79,24 @@ def test_stop_keeps_the_half_answer(assistant):
     assert list(job.follow())[-1].reason == "stopped"
     answer = assistant.messages(job.chat, None, 10)[-1]
     assert answer.state == "stopped" and answer.text.startswith("w0 w1") and not assistant.stop(job.chat)
+
+
+def test_two_pages_that_send_at_the_same_moment_get_one_answer(assistant):
+    first = assistant.reply(None, "say 1", (), assistant.add_preset("a", tokens_per_second=50))
+    list(first.follow())
+    outcomes = []
+
+    def send():
+        try:
+            outcomes.append(assistant.reply(first.chat, "say 40", (), "a"))
+        except Busy:
+            outcomes.append(None)
+
+    threads = [in_thread(send) for _ in range(8)]
+    for thread in threads:
+        thread.join(10)
+    assert sum(o is not None for o in outcomes) == 1 and len(outcomes) == 8
+    assert [m.role for m in assistant.messages(first.chat, None, 20)] == ["user", "assistant"] * 2
 
 
 def test_stop_while_the_model_loads(assistant):
