@@ -8,6 +8,7 @@ that goes away and comes back attaches to it again.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import secrets
 import threading
@@ -40,7 +41,7 @@ from modules.messages import (
     Start,
     Timings,
 )  # fmt: skip
-from modules.presets import Preset, Presets, Variant
+from modules.presets import Options, Preset, Presets, Variant
 from modules.process import EngineKind, EngineProcess
 
 SAVE_EVERY_S = 1.0
@@ -307,7 +308,6 @@ class Assistant:
         A damaged or unsafe file is an error, never a reason to take something else in
         silence. Raises ModelFilesDamaged, ModelFilesUnsafe, EngineMissing or ModelNotDownloaded.
         """
-        budget = self._loader.snapshot().budget_bytes
         reasons: list[TurntableError] = []
         for variant in preset.variants:
             if variant.engine not in self._kinds:
@@ -318,7 +318,8 @@ class Assistant:
             except ModelNotDownloaded as error:
                 reasons.append(error)
                 continue
-            if needs_bytes(variant, located.size_bytes) <= budget or variant is preset.variants[-1]:
+            fits = needs_bytes(variant, located.size_bytes) <= self._loader.budget_bytes(variant.engine)
+            if fits or variant is preset.variants[-1]:
                 return variant, located
         raise reasons[-1] if reasons else ModelNotDownloaded(f"The preset {preset.name} has no variants.")
 
@@ -342,7 +343,7 @@ class Assistant:
         except TurntableError as error:
             return VariantState(variant, "damaged", str(error), command, needs)
         needs = needs_bytes(variant, located.size_bytes)
-        if needs > self._loader.snapshot().budget_bytes:
+        if needs > self._loader.budget_bytes(variant.engine):
             return VariantState(variant, "does_not_fit", f"needs {needs / 1e9:.1f} GB", command, needs, chosen)
         return VariantState(variant, "ready", "ready", "", needs, chosen)
 
@@ -365,7 +366,7 @@ class Assistant:
 
     def _spec(self, variant: Variant, located: Located) -> EngineSpec:
         vision = bool(variant.bundled and located.projector)
-        options = (("image_tokens", str(DEMO_IMAGE_TOKENS)),) if vision else ()
+        options = (("image_tokens", str(DEMO_IMAGE_TOKENS)),) if vision else engine_options(variant.options)
         return EngineSpec(
             engine=variant.engine, model=str(located.model), projector=str(located.projector or ""),
             context=variant.context, cache_mode=variant.cache_mode, parallel=variant.parallel,
@@ -391,6 +392,26 @@ class Assistant:
     def add_image(self, data: bytes) -> StoredImage:
         """Check and store a picture that somebody handed in."""
         return self.images.add(data)
+
+
+def engine_options(options: Options | None) -> tuple[tuple[str, str], ...]:
+    """A preset's options as the sorted pairs of words that cross the pipe; what was not said is left out."""
+    pairs: dict[str, str] = {}
+    for name, value in dataclasses.asdict(options).items() if options else ():
+        if name == "loras" and value:
+            pairs[name] = json.dumps([_lora(text) for text in value])
+        elif value:
+            pairs[name] = "1" if value is True else str(value)
+    return tuple(sorted(pairs.items()))
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """FOLDER:SCALE; a colon without a number behind it belongs to the path."""
+    folder, _, scale = text.rpartition(":")
+    try:
+        return (folder, float(scale)) if folder else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def needs_bytes(variant: Variant, size_bytes: int) -> int:

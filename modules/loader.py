@@ -57,7 +57,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class LoaderView:
-    """What is in memory and on its way, for display. used and budget in bytes."""
+    """What is in memory and on its way, for display. used and budget in bytes, the cards' memory apart."""
 
     models: tuple[ModelView, ...]
     loading: EngineSpec | None
@@ -65,6 +65,8 @@ class LoaderView:
     waiting: int
     used_bytes: int
     budget_bytes: int
+    vram_used_bytes: int = 0
+    vram_budget_bytes: int = 0
 
 
 @dataclass
@@ -90,10 +92,11 @@ class Loader:
     """The one owner of the models in memory."""
 
     def __init__(
-        self, kinds: dict[str, EngineKind], budget_bytes: int, *, limits: Limits | None = None,
-        patience_s: float = 10.0, on_change: Callable[[], None] = lambda: None,
+        self, kinds: dict[str, EngineKind], budget_bytes: int, *, vram_budget_bytes: int = 0,
+        limits: Limits | None = None, patience_s: float = 10.0, on_change: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        self._kinds, self._budget_bytes, self._limits = kinds, budget_bytes, limits or Limits()
+        self._kinds, self._limits = kinds, limits or Limits()
+        self._budgets = {"ram": budget_bytes, "vram": vram_budget_bytes}
         self._patience_s, self._on_change = patience_s, on_change
         self._see = threading.Condition()  # guards everything below, held for moments only
         self._residents: dict[EngineSpec, _Resident] = {}
@@ -109,15 +112,21 @@ class Loader:
     def snapshot(self) -> LoaderView:
         """What to show. It may be old by the time it is read."""
         with self._see:
-            models = tuple(
-                ModelView(r.spec, r.leases, r.memory_bytes, r.process.version)
-                for r in sorted(self._residents.values(), key=lambda r: -r.last_used)
-            )
+            residents = sorted(self._residents.values(), key=lambda r: -r.last_used)
+            models = tuple(ModelView(r.spec, r.leases, r.memory_bytes, r.process.version) for r in residents)
+            used = {
+                memory: sum(r.memory_bytes for r in residents if r.process.kind.memory == memory)
+                for memory in self._budgets
+            }
             return LoaderView(
                 models, self._swapping.spec if self._swapping else None, self._progress,
-                sum(t is not self._swapping for t in self._queue), sum(m.memory_bytes for m in models),
-                self._budget_bytes,
+                sum(t is not self._swapping for t in self._queue), used["ram"], self._budgets["ram"], used["vram"],
+                self._budgets["vram"],
             )  # fmt: skip
+
+    def budget_bytes(self, engine: str) -> int:
+        """Memory for the models of an engine, in RAM or on the cards; 0 for an engine that is not there."""
+        return self._budgets[self._kinds[engine].memory] if engine in self._kinds else 0
 
     @contextlib.contextmanager
     def lease(
@@ -195,10 +204,11 @@ class Loader:
     def _refuse_hopeless(self, ticket: _Ticket) -> None:
         if ticket.spec.engine not in self._kinds:
             raise EngineMissing(f"The engine {ticket.spec.engine} is not installed on this machine.")
-        if ticket.needs_bytes > self._budget_bytes:
+        budget = self.budget_bytes(ticket.spec.engine)
+        if ticket.needs_bytes > budget:
+            what = "memory budget of the card" if self._kinds[ticket.spec.engine].memory == "vram" else "memory budget"
             raise DoesNotFit(
-                f"The model needs about {ticket.needs_bytes / 1e9:.1f} GB, "
-                f"and the memory budget is {self._budget_bytes / 1e9:.1f} GB."
+                f"The model needs about {ticket.needs_bytes / 1e9:.1f} GB, and the {what} is {budget / 1e9:.1f} GB."
             )
         recent = [t for t in self._crashes.get(ticket.spec, ()) if time.monotonic() - t < 60]
         self._crashes[ticket.spec] = recent
@@ -244,11 +254,16 @@ class Loader:
         return next((t for t in self._queue if t.spec not in self._residents), None)
 
     def _victims(self, ticket: _Ticket) -> list[_Resident]:
-        """Least recently used first, until the newcomer fits; idle ones before busy ones."""
-        used = sum(r.memory_bytes for r in self._residents.values())
+        """Least recently used first, until the newcomer fits; idle ones before busy ones.
+
+        Only models in the same kind of memory make room for each other.
+        """
+        memory = self._kinds[ticket.spec.engine].memory
+        rivals = [r for r in self._residents.values() if r.process.kind.memory == memory]
+        used = sum(r.memory_bytes for r in rivals)
         victims = []
-        for resident in sorted(self._residents.values(), key=lambda r: (r.leases > 0, r.last_used)):
-            if used + ticket.needs_bytes <= self._budget_bytes:
+        for resident in sorted(rivals, key=lambda r: (r.leases > 0, r.last_used)):
+            if used + ticket.needs_bytes <= self._budgets[memory]:
                 break
             victims.append(resident)
             used -= resident.memory_bytes

@@ -78,6 +78,14 @@ class Timings:
     tokens_per_second: float = 0.0
 
 
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must be: kind is "json_schema" or "regex", text the schema as JSON or the expression."""
+
+    kind: str
+    text: str
+
+
 # Parent to child -----------------------------------------------------------------
 
 
@@ -88,12 +96,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Start:
-    """Answer these messages. thinking: None leaves it to the template."""
+    """Answer these messages. thinking: None leaves it to the template; constraint: None leaves the answer free."""
 
     id: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
     thinking: bool | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +264,8 @@ def _revive(name: str, value: Any) -> Any:
         return tuple(Message(m["role"], m["text"], tuple(m.get("images", ()))) for m in value)
     if name == "sampling":
         return Sampling(**{**value, "stop": tuple(value.get("stop", ()))})
+    if name == "constraint":
+        return None if value is None else Constraint(**value)
     if name == "counts":
         return Counts(**value)
     if name == "timings":

@@ -67,6 +67,28 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What only some engines can do. Sizes in tokens; empty, 0 and False leave the engine's own way.
+
+    chunk_size is how much of a prompt is read at once, cache_size the KV cache for all answers
+    together. draft "ngram" guesses ahead from the text itself, draft_model is a folder with a small
+    model that guesses. gpu_split is "auto" or gigabytes for each card ("20,24"). loras are "FOLDER" or
+    "FOLDER:SCALE". max_pixels caps a picture. force_thought opens the thought where the template does not.
+    """
+
+    chunk_size: int = 0
+    cache_size: int = 0
+    draft: str = ""
+    draft_model: str = ""
+    draft_tokens: int = 0
+    gpu_split: str = ""
+    tensor_parallel: bool = False
+    loras: tuple[str, ...] = ()
+    max_pixels: int = 0
+    force_thought: bool = False
+
+
+@dataclass(frozen=True)
 class Variant:
     """One model in one quantization with one cache: what a preset runs on one kind of machine.
 
@@ -100,6 +122,7 @@ class Variant:
     threads: int = 0
     sampling: Sampling | None = None
     thinking: bool | None = None
+    options: Options | None = None
     note: str = ""
 
 
@@ -314,6 +337,24 @@ def _shape(value: Any) -> Shape:
     return Shape(**_table(_SHAPE, [key for key in _SHAPE if key != "kv_layers"])(value))
 
 
+_OPTIONS: dict[str, Rule] = {
+    "chunk_size": _whole(256, 16_384),
+    "cache_size": _whole(256, 16_777_216),
+    "draft": _choice(("ngram",)),
+    "draft_model": _own_path,
+    "draft_tokens": _whole(1, 8),
+    "gpu_split": _matching(r"auto|\d{1,4}(\.\d+)?(,\d{1,4}(\.\d+)?){0,15}", 200, "auto, or gigabytes such as 20,24"),
+    "tensor_parallel": _flag,
+    "loras": _many(8, _text(1000, filled=True)),
+    "max_pixels": _whole(56 * 56, 16_777_216),
+    "force_thought": _flag,
+}
+
+
+def _options(value: Any) -> Options:
+    return Options(**_table(_OPTIONS)(value))
+
+
 def _variant_rules(engines: Sequence[str]) -> dict[str, Rule]:
     return {
         "id": _matching(_NAME, 120, "made of a-z, 0-9 and -"),
@@ -340,6 +381,7 @@ def _variant_rules(engines: Sequence[str]) -> dict[str, Rule]:
         "threads": _whole(0, 1024),
         "sampling": _sampling,
         "thinking": _flag,
+        "options": _options,
         "note": _text(500, lines=True),
     }
 
@@ -379,9 +421,13 @@ def _check_engine(variant: Variant) -> None:
         if variant.repo and not variant.revision:
             # The main branch of such a repository often holds no weights, and downloads "well" in a second.
             raise _Bad(f"is missing, and {variant.engine} needs it: the weights lie on branches", "revision")
+        if variant.options and variant.options.chunk_size % 256:
+            raise _Bad(f"is {variant.options.chunk_size}, which is not a multiple of 256", "options.chunk_size")
         for key in ("file", "projector"):
             if getattr(variant, key):
                 raise _Bad(f"is for GGUF files and means nothing to {variant.engine}", key)
+    elif variant.options is not None and variant.engine in ENGINES:
+        raise _Bad(f"are for {' and '.join(EXL_ENGINES)} and mean nothing to {variant.engine}", "options")
     if variant.engine == "llamacpp" and variant.repo and not variant.file:
         raise _Bad("is missing, and llamacpp needs the name of one GGUF file of the repo", "file")
 
@@ -462,7 +508,7 @@ def _toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, (Sampling, Shape)):
+    if isinstance(value, (Sampling, Shape, Options)):
         inner = ", ".join(f"{key} = {_toml(item)}" for key, item in _said(value).items())
         return "{ " + inner + " }" if inner else "{}"
     return repr(value)

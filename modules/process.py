@@ -40,13 +40,15 @@ class EngineKind:
 
     python is the interpreter that has the engine's library; where names the class as
     "module:Class" (empty: the worker's own table); keeps_process says that the child
-    unloads in place and takes the next model, as engines on a GPU do.
+    unloads in place and takes the next model, as engines on a GPU do; memory is the
+    kind of memory that its models take, "ram" or "vram".
     """
 
     name: str
     python: str = sys.executable
     where: str = ""
     keeps_process: bool = False
+    memory: str = "ram"
     environment: tuple[tuple[str, str], ...] = ()
 
 

@@ -21,6 +21,8 @@ DEMO = ROOT / "demo" / "models"
 FAKE = EngineKind("fake", where="tests.fake_engine:FakeEngine")
 KEEPS = EngineKind("keeps", where="tests.fake_engine:FakeEngine", keeps_process=True)
 LLAMA = EngineKind("llamacpp")
+# The interpreter that has PyTorch for the CPU and both ExLlama libraries; test.sh makes it.
+EXLLAMA_PYTHON = os.environ.get("TURNTABLE_EXLLAMA_PYTHON") or str(ROOT / ".venv-exllama" / "bin" / "python")
 
 
 def children() -> set[int]:
@@ -45,13 +47,21 @@ def eventually(condition, within_s: float = 5.0, words: str = "it did not happen
         time.sleep(0.01)
 
 
+@pytest.fixture
+def exllama_python() -> str:
+    """The interpreter for tests of the ExLlama adapters; the test is skipped where there is none."""
+    if not Path(EXLLAMA_PYTHON).is_file():
+        pytest.skip("no environment with PyTorch and the ExLlama libraries: ./test.sh makes .venv-exllama")
+    return EXLLAMA_PYTHON
+
+
 @pytest.fixture(autouse=True)
 def fences(tmp_path, monkeypatch, request):
     """A home of its own; after the test no child of ours is left."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home" / "data"))
     for name in list(os.environ):
-        if name.startswith("TURNTABLE_") and name != "TURNTABLE_CHROMIUM":
+        if name.startswith("TURNTABLE_") and name not in ("TURNTABLE_CHROMIUM", "TURNTABLE_EXLLAMA_PYTHON"):
             monkeypatch.delenv(name)
     before = children() if sys.platform == "linux" else set()
     yield

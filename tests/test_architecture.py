@@ -38,6 +38,7 @@ ONLY_HERE = {
     "exllamav2": "modules/engines/",
     "exllamav3": "modules/engines/",
     "torch": "modules/engines/",
+    "numpy": "modules/engines/",
 }
 # What is imported under another name than it is installed under.
 INSTALLED_AS = {
@@ -47,7 +48,7 @@ INSTALLED_AS = {
     "multipart": "python-multipart",
 }
 # Installed with the ExLlama engines, into environments of their own.
-OTHER_ENVIRONMENTS = ("exllamav2", "exllamav3", "torch")
+OTHER_ENVIRONMENTS = ("exllamav2", "exllamav3", "torch", "numpy", "llguidance")
 
 
 def name(path: Path) -> str:

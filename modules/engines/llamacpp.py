@@ -221,6 +221,12 @@ class _Answer:
             body["seed"] = s.seed
         if s.stop:
             body["stop"] = list(s.stop)
+        constraint = self._request.constraint
+        if constraint is not None and constraint.kind != "json_schema":
+            raise InvalidRequest("llama.cpp holds an answer to a json_schema, not to a regex.")
+        if constraint is not None:
+            schema = {"name": "answer", "schema": json.loads(constraint.text)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         if self._request.thinking is not None:
             body["chat_template_kwargs"] = {"enable_thinking": self._request.thinking}
         return body

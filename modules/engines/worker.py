@@ -25,7 +25,11 @@ from modules import messages
 from modules.engines.base import Engine
 from modules.errors import EngineMissing, GenerateError, LoadError, TurntableError
 
-ENGINES = {"llamacpp": "modules.engines.llamacpp:LlamaCpp"}
+ENGINES = {
+    "llamacpp": "modules.engines.llamacpp:LlamaCpp",
+    "exllamav2": "modules.engines.exllamav2:ExLlamaV2Engine",
+    "exllamav3": "modules.engines.exllamav3:ExLlamaV3Engine",
+}
 
 
 def take_stdout() -> TextIO:

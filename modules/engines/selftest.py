@@ -1,0 +1,109 @@
+"""Tries an engine on this machine's card: is it installed, does it run, and are its numbers right?
+
+    python -m modules.engines.selftest exllamav2
+
+Prints one JSON object a line, {"check": name, "ok": true, "detail": words}. Exit
+status 0: all is well; 1: a check failed; 3: there is no card to try it on.
+
+The checks that matter compare the engine with itself. A logit must not depend on
+later tokens (ExLlamaV2's own fallback attention fails this), and a text read at once
+must give the logits of the same text read token by token, which takes other kernels.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FAILED, NO_CARD = 1, 3
+TOKENS = 96
+TOLERANCE = 0.05  # of the logits' own spread; half precision gives about 0.005
+
+
+class Report:
+    """Prints each check as it ends, and remembers whether one failed."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def check(self, name: str, work: Callable[[], str]) -> bool:
+        """Run `work`; what it returns is the detail, what it raises is the failure."""
+        try:
+            detail, ok = work(), True
+        except Exception as error:  # every failure of a check is a finding
+            detail, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
+        self.failed = self.failed or not ok
+        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
+        return ok
+
+
+def run(engine: str) -> int:
+    """All checks of one engine; returns the exit status."""
+    report = Report()
+    if not report.check("import", lambda: _import(engine)):
+        return FAILED
+    import torch
+
+    if not torch.cuda.is_available():
+        print(json.dumps({"check": "card", "ok": False, "detail": "no NVIDIA card that PyTorch can use"}), flush=True)
+        return NO_CARD
+    if not report.check("card", lambda: _card(torch)):
+        return FAILED
+    adapter = importlib.import_module(f"modules.engines.{engine}")
+    with tempfile.TemporaryDirectory(prefix="turntable-selftest-") as place:
+        adapter.self_test(report, Path(place))
+    gc.collect()
+    torch.cuda.empty_cache()
+    report.check("memory", lambda: _nothing_left(torch))
+    return FAILED if report.failed else 0
+
+
+def _import(engine: str) -> str:
+    importlib.import_module(f"modules.engines.{engine}")
+    import torch
+
+    return f"{engine} {importlib.metadata.version(engine)}, torch {torch.__version__}"
+
+
+def _card(torch: Any) -> str:
+    found = torch.cuda.get_device_properties(0)
+    torch.ones(8, device="cuda:0").sum().item()
+    return f"{found.name}, {found.total_memory >> 20} MB, compute capability {found.major}.{found.minor}"
+
+
+def _nothing_left(torch: Any) -> str:
+    left = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+    if left:
+        raise RuntimeError(f"{left} bytes stayed in use after unloading")
+    return "nothing stayed in use after unloading"
+
+
+def close_enough(got: Any, expected: Any, what: str) -> str:
+    """The greatest difference of two sets of logits in words; raises RuntimeError above the tolerance."""
+    worst = float((got.float() - expected.float()).abs().max())
+    spread = float(expected.float().std())
+    if not worst <= TOLERANCE * max(spread, 1e-6):  # NaN fails too
+        raise RuntimeError(f"{what}: the logits differ by {worst:.4g}, their spread is {spread:.4g}")
+    return f"greatest difference {worst:.2g}, spread of the logits {spread:.2g}"
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point. What libraries print goes to stderr, so that stdout holds the report alone."""
+    if len(arguments) != 1 or arguments[0] not in ("exllamav2", "exllamav3"):
+        print("usage: python -m modules.engines.selftest exllamav2|exllamav3", file=sys.stderr)
+        return 2
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return run(arguments[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
