@@ -36,6 +36,11 @@ SETTINGS: tuple[Setting, ...] = (
             "Folder with the downloaded models.", "DIR"),
     Setting("memory_budget", "--memory-budget", "TURNTABLE_MEMORY_BUDGET", "60 % of the RAM",
             "Memory for loaded models, for example 12GB or 800MB; the least recently used goes first.", "SIZE"),
+    Setting("vram_budget", "--vram-budget", "TURNTABLE_VRAM_BUDGET", "the cards' memory less 1 GB",
+            "Memory of the NVIDIA cards for loaded models; the least recently used goes first.", "SIZE"),
+    Setting("pinned_memory", "--pinned-memory", "TURNTABLE_PINNED_MEMORY", "a third of the RAM",
+            "RAM in which recently used models stay page-locked, so that swaps run at the bus's speed; 0 is none.",
+            "SIZE"),
     Setting("preset", "--preset", "TURNTABLE_PRESET", "the first one",
             "Preset whose tab is open at the start.", "NAME"),
     Setting("threads", "--threads", "TURNTABLE_THREADS", "physical cores less one",
@@ -53,12 +58,14 @@ SETTINGS: tuple[Setting, ...] = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person chose. Sizes in bytes, times in seconds, folders absolute."""
+    """What a person chose. Sizes in bytes, times in seconds, folders absolute. vram_budget_bytes 0: by the cards."""
 
     port: int
     data_dir: Path
     models_dir: Path
     memory_budget_bytes: int
+    vram_budget_bytes: int
+    pinned_memory_bytes: int
     preset: str
     threads: int
     load_timeout_s: float
@@ -144,7 +151,9 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         port=_number("--port", values["port"] or "7860", 0, 65535),
         data_dir=data_dir,
         models_dir=_folder(values["models_dir"]) if values["models_dir"] else data_dir / "models",
-        memory_budget_bytes=_size("--memory-budget", values["memory_budget"]),
+        memory_budget_bytes=_size("--memory-budget", values["memory_budget"], int(_total_memory_bytes() * 0.6)),
+        vram_budget_bytes=_size("--vram-budget", values["vram_budget"], 0),
+        pinned_memory_bytes=_size("--pinned-memory", values["pinned_memory"], _total_memory_bytes() // 3, least=0),
         preset=values["preset"],
         threads=_number("--threads", values["threads"] or "0", 0, 1024),
         load_timeout_s=float(_number("--load-timeout", values["load_timeout"] or "600", 1, 86400)),
@@ -187,15 +196,15 @@ def _number(flag: str, text: str, low: int, high: int) -> int:
     return number
 
 
-def _size(flag: str, text: str) -> int:
+def _size(flag: str, text: str, default: int, least: int = 16 << 20) -> int:
     """Bytes of "12GB", "800 MB", "1.5g" or a plain number of bytes; empty is the default."""
     if not text:
-        return int(_total_memory_bytes() * 0.6)
+        return default
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?b)?\s*", text, re.IGNORECASE)
     if not match:
         raise SettingsError(f"{flag} {text}: not a size; write 12GB or 800MB.")
     size = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
-    if size < 16 << 20:
+    if size < least:
         raise SettingsError(f"{flag} {text}: less than 16 MB, no model fits into that.")
     return size
 

@@ -58,10 +58,11 @@ def correct(attention: Any) -> None:
         return
     stock = attention._attn_torch
 
-    def _attn_torch(self: Any, batch: int, queries: int, *tensors: Any, causal: bool = True) -> Any:
-        q, k, v, params, config = tensors
+    def _attn_torch(self: Any, batch: int, queries: int, *given: Any) -> Any:
+        q, k, v, params, config, *more = given
+        causal = more[0] if more else True
         if config.attn_logit_softcapping:
-            return stock(self, batch, queries, *tensors, causal=causal)
+            return stock(self, batch, queries, *given)
         mask, window = None, 0
         if self.layer_idx in params.block_diag_layers:  # the windows of Qwen2.5-VL's vision tower
             mask = params.get_block_diag_mask(q.device)

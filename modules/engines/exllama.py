@@ -431,7 +431,8 @@ def grammar(constraint: Constraint) -> str:
 
     try:
         if constraint.kind == "json_schema":
-            written: str = LLMatcher.grammar_from_json_schema(constraint.text)
+            # Blank space wherever JSON allows it lets a model write nothing else until it runs out of tokens.
+            written: str = LLMatcher.grammar_from_json_schema(constraint.text, defaults={"whitespace_flexible": False})
         else:
             written = LLMatcher.grammar_from_regex(constraint.text)
     except (ValueError, TypeError) as error:

@@ -108,6 +108,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         assert self._checkpoint is not None and self._spec is not None
         if not torch.cuda.is_available():
             raise LoadError("No NVIDIA card was found.", hint="`python app.py doctor` says what the driver reports.")
+        began = time.monotonic()
         options, checkpoint = self._options, self._checkpoint
         if any(name.startswith("model.language_model.") for name in checkpoint.tensors):
             raise LoadError(
@@ -138,6 +139,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
             self._cache = kind(self._model, max_seq_len=self._cache_tokens())
         if options.draft_model:
             self._load_draft(Path(options.draft_model), kind)
+        weights_s = time.monotonic() - began
         progress(Loading("warming", total, total))
         self._tokenizer = self._tokenizers.get(str(checkpoint.folder)) or ExLlamaV2Tokenizer(config)
         self._tokenizers = {**self._tokenizers, str(checkpoint.folder): self._tokenizer}
@@ -150,6 +152,9 @@ class ExLlamaV2Engine(ExLlamaEngine):
             self._generator.reset_page_table()
             self._warmed.add(str(checkpoint.folder))
         self._busy_s = time.monotonic()
+        whole_s = self._busy_s - began
+        rate = total / max(weights_s, 1e-6) / 1e9
+        print(f"loaded: weights and cache {weights_s:.3f} s ({rate:.1f} GB/s), all {whole_s:.3f} s", flush=True)
 
     def _cache_tokens(self) -> int:
         """Positions of the KV cache: the context of every answer that can run at once, or what the preset says."""
@@ -191,9 +196,14 @@ class ExLlamaV2Engine(ExLlamaEngine):
     def _copy_to_host(self, layout: Layout) -> None:
         """On a thread of its own: make the page-locked copy while no answer runs."""
         layout.modules.clear()  # the plan of the bytes is needed, the model is not to be kept alive
+        began = time.monotonic()
         try:
-            if self._copies.make(layout, self._give_way, tuple(self._in_use)) is None:
+            made = self._copies.make(layout, self._give_way, tuple(self._in_use))
+            if made is None:
                 print("no room for a page-locked copy of this model", flush=True)
+            else:
+                spent_s = time.monotonic() - began
+                print(f"page-locked copy ready: {made.locked_bytes >> 20} MB in {spent_s:.1f} s", flush=True)
         except (OSError, MemoryError, RuntimeError) as error:
             print(f"the page-locked copy of this model failed: {error}", flush=True)
 

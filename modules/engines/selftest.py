@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 FAILED, NO_CARD = 1, 3
 TOKENS = 96
@@ -31,8 +31,13 @@ TOLERANCE = 0.05  # of the logits' own spread; half precision gives about 0.005
 class Report:
     """Prints each check as it ends, and remembers whether one failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: TextIO) -> None:
         self.failed = False
+        self._out = out
+
+    def say(self, name: str, ok: bool, detail: str) -> None:
+        """One line of the report."""
+        print(json.dumps({"check": name, "ok": ok, "detail": detail}), file=self._out, flush=True)
 
     def check(self, name: str, work: Callable[[], str]) -> bool:
         """Run `work`; what it returns is the detail, what it raises is the failure."""
@@ -41,19 +46,19 @@ class Report:
         except Exception as error:  # every failure of a check is a finding
             detail, ok = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
         self.failed = self.failed or not ok
-        print(json.dumps({"check": name, "ok": ok, "detail": detail}), flush=True)
+        self.say(name, ok, detail)
         return ok
 
 
-def run(engine: str) -> int:
-    """All checks of one engine; returns the exit status."""
-    report = Report()
+def run(engine: str, out: TextIO) -> int:
+    """All checks of one engine, written to `out`; returns the exit status."""
+    report = Report(out)
     if not report.check("import", lambda: _import(engine)):
         return FAILED
     import torch
 
     if not torch.cuda.is_available():
-        print(json.dumps({"check": "card", "ok": False, "detail": "no NVIDIA card that PyTorch can use"}), flush=True)
+        report.say("card", False, "no NVIDIA card that PyTorch can use")
         return NO_CARD
     if not report.check("card", lambda: _card(torch)):
         return FAILED
@@ -100,9 +105,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in ("exllamav2", "exllamav3"):
         print("usage: python -m modules.engines.selftest exllamav2|exllamav3", file=sys.stderr)
         return 2
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    return run(arguments[0])
+    sys.stdout = sys.stderr
+    return run(arguments[0], out)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def write_tiny(folder: Path, *, quantization: str = "fp16", seed: int = 1) -> Pa
             tensors[f"model.layers.{layer}.{name}.weight"] = ("F16", np.ones(HIDDEN))
     tensors["model.norm.weight"] = ("F16", np.ones(HIDDEN))
     tensors |= _weight("lm_head", HIDDEN, VOCAB, quantization, random)
-    _write_safetensors(folder / ("output.safetensors" if quantization == "exl2" else "model.safetensors"), tensors)
+    write_safetensors(folder / ("output.safetensors" if quantization == "exl2" else "model.safetensors"), tensors)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": LAYERS,
         "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS,
@@ -73,7 +73,8 @@ def _weight(
     }
 
 
-def _write_safetensors(path: Path, tensors: dict[str, tuple[str, Any]]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, tuple[str, Any]]) -> None:
+    """Write tensors, given as their type (F16, I32 or I16) and their values, into one file."""
     head: dict[str, Any] = {}
     parts, at = [], 0
     for name, (dtype, values) in tensors.items():

@@ -1,0 +1,1 @@
+"""Tests that need an NVIDIA card; without one they are skipped and say so."""

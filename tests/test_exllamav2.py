@@ -1,0 +1,232 @@
+"""The ExLlamaV2 adapter with the real library and no card: tests/exllama_on_cpu stands in for CUDA at the lowest level.
+
+What only a card can show (kernels, streams, speed, real memory) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modules.errors import DoesNotFit, LoadError, ModelFilesUnsafe
+from modules.loader import Loader
+from modules.messages import EngineSpec, Sampling
+from modules.process import EngineKind, EngineProcess, Limits
+
+from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
+from .contract import Contract, Subject, ask
+
+STAND_IN = ROOT / "tests" / "exllama_on_cpu"
+MAKE_TINY = (
+    "import sys; from pathlib import Path; from modules.engines.tiny import write_tiny\n"
+    "for kind in ('fp16', 'exl2'): write_tiny(Path(sys.argv[1]) / kind, quantization=kind)"
+)
+
+
+def on_cpu(vram_bytes: int = 4 << 30, **environment: str) -> EngineKind:
+    given = {
+        "PYTHONPATH": os.pathsep.join((str(STAND_IN), str(STAND_IN / "v2"))),
+        "TURNTABLE_TEST_VRAM_BYTES": str(vram_bytes), "TURNTABLE_PINNED_BYTES": "0",
+        "OMP_NUM_THREADS": "1", **environment,
+    }  # fmt: skip
+    return EngineKind(
+        "exllamav2", EXLLAMA_PYTHON, keeps_process=True, memory="vram", environment=tuple(sorted(given.items()))
+    )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny models of tiny.py, one for each quantization."""
+    if not Path(EXLLAMA_PYTHON).is_file():
+        pytest.skip("no environment with PyTorch and the ExLlama libraries: ./test.sh makes .venv-exllama")
+    place = tmp_path_factory.mktemp("models")
+    subprocess.run([EXLLAMA_PYTHON, "-c", MAKE_TINY, str(place)], cwd=ROOT, check=True, timeout=60)
+    return place
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundled demo models as FP16 checkpoints that ExLlamaV2 reads."""
+    if not Path(EXLLAMA_PYTHON).is_file():
+        pytest.skip("no environment with PyTorch and the ExLlama libraries: ./test.sh makes .venv-exllama")
+    place = tmp_path_factory.mktemp("demo")
+
+    def convert(name: str) -> Path:
+        folder = place / name
+        if not folder.exists():
+            command = [EXLLAMA_PYTHON, "-m", "tests.exllama_on_cpu.models", name, str(folder)]
+            subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+        return folder
+
+    return convert
+
+
+def spec_of(folder: Path, **more: object) -> EngineSpec:
+    return dataclasses.replace(EngineSpec("exllamav2", str(folder), context=1024), **more)  # type: ignore[arg-type]
+
+
+class TestFP16(Contract):
+    """An FP16 checkpoint."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(cls, models: Path) -> Subject:
+        return Subject(on_cpu(), spec_of(models / "fp16"), unload_leaves_bytes=0)
+
+
+class TestEXL2(Contract):
+    """An EXL2 checkpoint with a quantized cache, loaded from a page-locked copy where there is one."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(cls, models: Path) -> Subject:
+        kind = on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30))
+        return Subject(kind, spec_of(models / "exl2", cache_mode="Q6"), unload_leaves_bytes=0)
+
+
+class TestNgram(Contract):
+    """Speculation from the text itself."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(cls, models: Path) -> Subject:
+        return Subject(on_cpu(), spec_of(models / "exl2", options=(("draft", "ngram"),)), unload_leaves_bytes=0)
+
+
+@pytest.fixture
+def begin():
+    made = []
+
+    def make(kind: EngineKind | None = None) -> EngineProcess:
+        made.append(EngineProcess(kind or on_cpu(), Limits(load_s=60, stall_s=60)))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.stop()
+
+
+def quiet(event: object) -> None:
+    pass
+
+
+def test_the_self_test_runs_and_passes(exllama_python: str) -> None:
+    environment = {**os.environ, **dict(on_cpu().environment)}
+    done = subprocess.run(
+        [exllama_python, "-m", "modules.engines.selftest", "exllamav2"], cwd=ROOT, capture_output=True, text=True,
+        env=environment, timeout=110, check=False,
+    )  # fmt: skip
+    checks = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [check for check in checks if not check["ok"]] == [], done.stderr[-2000:]
+    assert done.returncode == 0
+    assert len(checks) >= 10
+
+
+def test_the_self_test_fails_with_the_attention_that_the_library_has(exllama_python: str) -> None:
+    program = (
+        "import modules.engines.exllamav2 as adapter, modules.engines.selftest as selftest, sys\n"
+        "from exllamav2.attn import ExLlamaV2Attention\n"
+        "adapter.correct = lambda attention: None\n"
+        "sys.exit(selftest.run('exllamav2', sys.stdout))"
+    )
+    done = subprocess.run(
+        [exllama_python, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+        env={**os.environ, **dict(on_cpu().environment)},
+    )  # fmt: skip
+    checks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 1
+    assert any("later tokens" in check["check"] for check in checks if not check["ok"])
+
+
+def test_a_copy_in_page_locked_memory_gives_the_same_model(begin, models: Path) -> None:
+    process = begin(on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30)))
+    spec = spec_of(models / "exl2")
+    process.load(spec, quiet)
+    before = ask(process, "Tell me something.").text
+    eventually(lambda: any("page-locked copy ready" in line for line in process.log), 20)
+    for _ in range(3):
+        assert process.unload() == 0
+        process.load(spec, quiet)
+        assert ask(process, "Tell me something.").text == before
+
+
+def test_many_swaps_between_two_models_change_nothing_and_leave_nothing(begin, models: Path) -> None:
+    process = begin(on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30)))
+    specs = [spec_of(models / "fp16"), spec_of(models / "exl2", cache_mode="Q4"), spec_of(models / "exl2")]
+    first: dict[EngineSpec, str] = {}
+    for turn in range(12):
+        spec = specs[turn % len(specs)]
+        process.load(spec, quiet)
+        text = ask(process, "Hi").text
+        assert first.setdefault(spec, text) == text
+        assert process.unload() == 0
+
+
+def test_a_model_that_does_not_fit_says_so_and_the_next_one_loads(begin, models: Path) -> None:
+    process = begin(on_cpu(vram_bytes=24 << 20))
+    with pytest.raises(DoesNotFit, match="does not fit"):
+        process.load(spec_of(models / "exl2", options=(("cache_size", str(1 << 20)),)), quiet)
+    process.load(spec_of(models / "exl2"), quiet)
+    assert ask(process, "Hi").text
+
+
+def test_after_a_load_that_failed_the_previous_model_is_back(models: Path) -> None:
+    kind = on_cpu(vram_bytes=24 << 20)
+    loader = Loader({"exllamav2": kind}, 1 << 30, vram_budget_bytes=100, limits=Limits(load_s=60, stall_s=60))
+    small, huge = spec_of(models / "exl2"), spec_of(models / "exl2", options=(("cache_size", str(1 << 20)),))
+    try:
+        with loader.lease(small, needs_bytes=100) as engine:
+            before = ask(engine, "Hi").text
+        with pytest.raises(DoesNotFit), loader.lease(huge, needs_bytes=100):
+            pass
+        assert [view.spec for view in loader.snapshot().models] == [small]
+        with loader.lease(small, needs_bytes=100) as engine:
+            assert ask(engine, "Hi").text == before
+    finally:
+        loader.close()
+
+
+def test_the_demo_model_answers_as_it_does_in_llama_cpp(begin, demo: Callable[[str], Path]) -> None:
+    questions = ["What is the capital of France?", "What is the capital of Japan?", "Who are you?", "Hello!"]
+    theirs = EngineProcess(LLAMA, Limits(load_s=60))
+    try:
+        theirs.load(EngineSpec("llamacpp", str(DEMO / "assistant-q8_0.gguf"), context=1024), quiet)
+        expected = [ask(theirs, q, sampling=Sampling(temperature=0.0, max_tokens=40)).text for q in questions]
+    finally:
+        theirs.stop()
+    process = begin()
+    process.load(spec_of(demo("assistant")), quiet)
+    got = [ask(process, q, sampling=Sampling(temperature=0.0, max_tokens=40)).text for q in questions]
+    assert got == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((("nonsense", "1"),), "no option 'nonsense'"),
+        ((("chunk_size", "100"),), "multiple of 256"),
+        ((("chunk_size", "many"),), "makes no sense"),
+        ((("draft", "magic"),), "can only be ngram"),
+        ((("draft_tokens", "99"),), "from 1 to 8"),
+        ((("gpu_split", "a,b"),), "gigabytes"),
+        ((("tensor_parallel", "1"),), "flash-attn"),
+        ((("loras", '[["/nowhere", 1.0]]'),), "No LoRA"),
+    ],
+)
+def test_an_option_that_cannot_work_is_an_error_in_words(begin, models: Path, options: tuple, words: str) -> None:
+    with pytest.raises(LoadError, match=words):
+        begin().load(spec_of(models / "exl2", options=options), quiet)
+
+
+def test_a_lora_with_a_pickle_is_refused(begin, models: Path, tmp_path: Path) -> None:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    options = (("loras", json.dumps([[str(tmp_path), 1.0]])),)
+    with pytest.raises(ModelFilesUnsafe, match="pickle"):
+        begin().load(spec_of(models / "exl2", options=options), quiet)
