@@ -141,7 +141,7 @@ install() {
         rm -rf -- "$venv"
     fi
     log=$(mktemp "${TMPDIR:-/tmp}/turntable-install.XXXXXX")
-    say "Installing $1 into .venv (once; it takes a few minutes) …"
+    say "Installing $1 into ${venv##*/} (once; it takes a few minutes) …"
     # uv first; where it cannot (an index that only pip knows, say), pip.
     if ! { with_uv "$1" || with_pip "$1"; } >"$log" 2>&1 </dev/null; then
         tail -n 25 -- "$log" >&2

@@ -5,7 +5,8 @@
 #   ./test.sh -k loader               with arguments: pytest alone, with these arguments, from the project's folder
 #
 # Makes .venv and installs requirements-dev.txt when that is due (see start.sh), and finds or installs Chromium for the
-# browser tests. TURNTABLE_CHROMIUM=/path/to/chromium picks one.
+# browser tests. TURNTABLE_CHROMIUM=/path/to/chromium picks one. Also makes .venv-exllama with PyTorch for the tests of the
+# ExLlama adapters; TURNTABLE_TEST_EXLLAMA=0 leaves that out, and those tests are skipped.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh test.sh`, where sh is another shell
 set -euo pipefail
 
@@ -79,7 +80,21 @@ step() {
     fi
 }
 
+# The tests of the ExLlama adapters run in an environment of their own, because it holds PyTorch.
+prepare_exllama() {
+    if [[ ${TURNTABLE_TEST_EXLLAMA:-} == 0 ]]; then
+        say "TURNTABLE_TEST_EXLLAMA=0: the tests of the ExLlama adapters will be skipped."
+        return
+    fi
+    (
+        venv=$here/.venv-exllama
+        stamp=$venv/.installed
+        prepare requirements-test-exllama.txt
+    )
+}
+
 prepare requirements-dev.txt
+prepare_exllama
 cd -- "$here"
 run=("$venv/bin/python" -m)
 

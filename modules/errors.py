@@ -6,6 +6,7 @@ TurntableError                    code, status, hint
 ├─ ModelFilesError   ModelNotDownloaded 409 · ModelFilesDamaged 409 · ModelFilesUnsafe 422
 ├─ LoadError         EngineMissing 501 · DoesNotFit 507 · EngineCrashed 503 · LoadTimedOut 504
 ├─ GenerateError     ContextTooLong 400 · InvalidRequest 400 · Busy 429 · EngineStuck 504
+├─ DownloadError     SourceNotFound 404 · AccessDenied 403 · NotEnoughDisk 507 · SourceUnreachable 502 · HashMismatch 502
 ├─ ImageError        ImageRefused 415 · ImageTooLarge 413 · ImageMissing 400
 ├─ ChatError         ChatNotFound 404 · ChatDamaged 500
 └─ AccessError       Forbidden 403 · WrongHost 421 · TooLarge 413
@@ -152,6 +153,46 @@ class EngineStuck(GenerateError):
     """The engine gave no sign of life for too long, and was ended."""
 
     code, status, hint = "engine_stuck", 504, "Send the message again; the engine starts anew."
+
+
+class DownloadError(TurntableError):
+    """A model could not be downloaded."""
+
+    code, status, hint = "download_failed", 502, "Resume the download on the Models page; what has arrived is kept."
+
+
+class SourceNotFound(DownloadError):
+    """The hub has no such repository, branch or file, or the branch holds no weights."""
+
+    code, status, hint = "source_not_found", 404, "Check the names of the repository, the revision and the file."
+
+
+class AccessDenied(DownloadError):
+    """The hub does not hand the files to this person."""
+
+    code, status, hint = (
+        "access_denied",
+        403,
+        "Accept the terms on the model's page, then store a token with `hf auth login`.",
+    )
+
+
+class NotEnoughDisk(DownloadError):
+    """The disk has no room for the model and the reserve."""
+
+    code, status, hint = "not_enough_disk", 507, "Free some space, or choose another disk with --models-dir."
+
+
+class SourceUnreachable(DownloadError):
+    """The hub does not answer, or not in its own protocol."""
+
+    code, status, hint = "source_unreachable", 502, "Check the network and resume; what has arrived is kept."
+
+
+class HashMismatch(DownloadError):
+    """What arrived is not what the hub announced."""
+
+    code, status, hint = "hash_mismatch", 502, "Resume later; if it happens again, use another network or source."
 
 
 class ImageError(TurntableError):

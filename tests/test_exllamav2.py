@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
-from modules.errors import DoesNotFit, LoadError, ModelFilesUnsafe
+from modules.errors import DoesNotFit, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
 from modules.loader import Loader
-from modules.messages import EngineSpec, Sampling
+from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
 
 from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
@@ -25,7 +26,7 @@ from .contract import Contract, Subject, ask
 STAND_IN = ROOT / "tests" / "exllama_on_cpu"
 MAKE_TINY = (
     "import sys; from pathlib import Path; from modules.engines.tiny import write_tiny\n"
-    "for kind in ('fp16', 'exl2'): write_tiny(Path(sys.argv[1]) / kind, quantization=kind)"
+    "for kind in ('fp16', 'exl2', 'gptq'): write_tiny(Path(sys.argv[1]) / kind, quantization=kind)"
 )
 
 
@@ -99,6 +100,17 @@ class TestNgram(Contract):
         return Subject(on_cpu(), spec_of(models / "exl2", options=(("draft", "ngram"),)), unload_leaves_bytes=0)
 
 
+class TestDraft(Contract):
+    """Speculation by a draft model; here the model itself, so every guess is right."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(cls, models: Path) -> Subject:
+        folder = models / "fp16"
+        options = (("draft_model", str(folder)), ("draft_tokens", "3"))
+        return Subject(on_cpu(), spec_of(folder, options=options), unload_leaves_bytes=0)
+
+
 @pytest.fixture
 def begin():
     made = []
@@ -168,6 +180,16 @@ def test_many_swaps_between_two_models_change_nothing_and_leave_nothing(begin, m
         assert process.unload() == 0
 
 
+def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
+    process = begin()
+    process.load(spec_of(models / "gptq"), quiet)
+    said = ask(process, "Hi").text
+    assert said
+    assert process.unload() == 0
+    process.load(spec_of(models / "gptq"), quiet)
+    assert ask(process, "Hi").text == said
+
+
 def test_a_model_that_does_not_fit_says_so_and_the_next_one_loads(begin, models: Path) -> None:
     process = begin(on_cpu(vram_bytes=24 << 20))
     with pytest.raises(DoesNotFit, match="does not fit"):
@@ -204,6 +226,78 @@ def test_the_demo_model_answers_as_it_does_in_llama_cpp(begin, demo: Callable[[s
     process.load(spec_of(demo("assistant")), quiet)
     got = [ask(process, q, sampling=Sampling(temperature=0.0, max_tokens=40)).text for q in questions]
     assert got == expected
+
+
+def drawn(place: Path, name: str, *shapes: tuple[str, str, tuple[int, int, int, int]]) -> str:
+    picture = Image.new("RGB", (112, 112), "white")
+    pen = ImageDraw.Draw(picture)
+    for form, colour, box in shapes:
+        (pen.rectangle if form == "square" else pen.ellipse)(box, fill=colour)
+    picture.save(place / name)
+    return str(place / name)
+
+
+def test_the_demo_that_sees_answers_as_it_does_in_llama_cpp(begin, demo, tmp_path: Path) -> None:
+    blue = ("square", "blue", (10, 10, 40, 40))
+    pictures = [
+        drawn(tmp_path, "a.png", blue), drawn(tmp_path, "b.png", ("circle", "red", (70, 70, 100, 100))),
+        drawn(tmp_path, "c.png", ("circle", "green", (10, 70, 40, 100)), ("square", "red", (70, 10, 100, 40))),
+    ]  # fmt: skip
+    questions = ("Describe the image.", "How many shapes are there?")
+    asked = [(Message("user", question, (path,)),) for path in pictures for question in questions]
+    answers = []
+    for kind, spec in (
+        (LLAMA, EngineSpec("llamacpp", str(DEMO / "vision-q8_0.gguf"), str(DEMO / "vision-mmproj-q8_0.gguf"), 1024,
+                           options=(("image_tokens", "16"),))),
+        (on_cpu(), spec_of(demo("vision"))),
+    ):  # fmt: skip
+        process = begin(kind)
+        process.load(spec, quiet)
+        answers.append([ask(process, turn, sampling=Sampling(temperature=0.0, max_tokens=40)).text for turn in asked])
+    assert answers[1] == answers[0]
+    assert answers[1][0] == "I see a blue square in the top left corner."
+
+
+def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_path: Path) -> None:
+    process = begin()
+    process.load(spec_of(demo("vision")), quiet)
+    first = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("circle", "red", (50, 50, 80, 80))),)),)
+    heard = ask(process, first)
+    second = (*first, Message("assistant", heard.text), Message("user", "How many shapes are there?"))
+    assert ask(process, second).end.counts.cached >= 16
+    with pytest.raises(TurntableError):
+        ask(process, (Message("user", "What?", (str(tmp_path / "gone.png"),)),))
+    assert ask(process, first).text == heard.text
+
+
+def test_a_model_that_does_not_see_refuses_pictures(begin, models: Path, tmp_path: Path) -> None:
+    process = begin()
+    process.load(spec_of(models / "fp16"), quiet)
+    with pytest.raises(InvalidRequest, match="cannot look at pictures"):
+        ask(process, (Message("user", "What?", (drawn(tmp_path, "a.png"),)),))
+
+
+def test_a_lora_changes_the_answers_as_much_as_its_scale_says(begin, models: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, numpy as np; from pathlib import Path; from modules.engines.tiny import write_safetensors\n"
+        "random, pre = np.random.default_rng(1), 'base_model.model.model.layers.0.self_attn.o_proj'\n"
+        "a, b = random.normal(0, 1, (8, 256)), random.normal(0, 1, (256, 8))\n"
+        "tensors = {f'{pre}.lora_A.weight': ('F16', a), f'{pre}.lora_B.weight': ('F16', b)}\n"
+        "write_safetensors(Path(sys.argv[1]), tensors)"
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    subprocess.run([EXLLAMA_PYTHON, "-c", program, str(file)], cwd=ROOT, check=True, timeout=60)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    said = {}
+    for kind in ("fp16", "exl2"):
+        for scale in (None, 0.0, 1.0):
+            options = () if scale is None else (("loras", json.dumps([[str(tmp_path), scale]])),)
+            process = begin()
+            process.load(spec_of(models / kind, options=options), quiet)
+            said[scale] = ask(process, "Hi").text
+            assert process.unload() == 0
+        assert said[0.0] == said[None]
+        assert said[1.0] != said[None]
 
 
 @pytest.mark.parametrize(

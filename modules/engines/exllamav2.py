@@ -446,7 +446,7 @@ def self_test(report: Report, place: Path) -> None:
     """The checks of selftest.py for this library, on tiny models below `place`."""
     correct(library_attention.ExLlamaV2Attention)
     with torch.inference_mode():
-        for quantization in ("fp16", "exl2"):
+        for quantization in ("fp16", "exl2", "gptq"):
             folder = write_tiny(place / quantization, quantization=quantization)
             report.check(f"{quantization}: logits do not depend on later tokens", partial(_causal, folder))
             report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, ExLlamaV2Cache))

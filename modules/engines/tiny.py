@@ -22,7 +22,8 @@ DEVIATION = 0.05
 def write_tiny(folder: Path, *, quantization: str = "fp16", seed: int = 1) -> Path:
     """Write a two-layer Llama with 320 tokens: 256 bytes, a few words and the control tokens of ChatML.
 
-    quantization is "fp16" or "exl2" (4 and 6 bits in groups of 32). Returns the folder.
+    quantization is "fp16", "exl2" (4 and 6 bits in groups of 32) or "gptq" (4 bits in groups of 64, inputs in an order
+    of their own). Returns the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -51,6 +52,8 @@ def write_tiny(folder: Path, *, quantization: str = "fp16", seed: int = 1) -> Pa
     }  # fmt: skip
     if quantization == "exl2":
         config["quantization_config"] = {"quant_method": "exl2", "version": "0.3.2", "bits": 4.5, "head_bits": 6}
+    if quantization == "gptq":
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
     (folder / "config.json").write_text(json.dumps(config))
     _write_tokenizer(folder)
     return folder
@@ -62,6 +65,16 @@ def _weight(
     """One linear layer with `rows` inputs and `columns` outputs."""
     if quantization == "fp16":
         return {f"{key}.weight": ("F16", random.normal(0, DEVIATION, (columns, rows)))}
+    if quantization == "gptq" and key == "lm_head":  # never quantized in this format
+        return {f"{key}.weight": ("F16", random.normal(0, DEVIATION, (columns, rows)))}
+    if quantization == "gptq":
+        groups = rows // 64
+        return {
+            f"{key}.qweight": ("I32", random.integers(-(2**31), 2**31, (rows // 8, columns))),
+            f"{key}.qzeros": ("I32", np.full((groups, columns // 8), 0x77777777)),  # 7 means 8, the middle
+            f"{key}.scales": ("F16", np.full((groups, columns), DEVIATION / 4.6)),
+            f"{key}.g_idx": ("I32", random.permutation(np.arange(rows) // 64)),
+        }
     bits = [6] + [4] * (rows // 32 - 1)
     begins = np.concatenate([[0], np.cumsum(bits)[:-1]])  # a group of 32 rows of b bits takes b words of 32 bits
     return {

@@ -45,11 +45,8 @@ def convert(name: str, folder: Path) -> Path:
     for tensor in reader.tensors:
         head, _, tail = tensor.name.rpartition(".")
         parts = head.split(".")
-        if parts[0] == "blk":
-            key = f"model.layers.{parts[1]}.{NAMES[parts[2]]}.{tail}"
-        else:
-            key = f"{OUTER[head]}.{tail}"
-        tensors[key] = ("F16", _values(tensor))
+        owner = f"model.layers.{parts[1]}.{NAMES[parts[2]]}" if parts[0] == "blk" else OUTER[head]
+        tensors[f"{owner}.{tail}"] = ("F16", _values(tensor))
     config: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "torch_dtype": "float16",
         "num_hidden_layers": said[f"{kind}.block_count"], "hidden_size": said[f"{kind}.embedding_length"],

@@ -209,6 +209,10 @@ def install() -> None:
     cuda = torch.cuda
     if getattr(cuda, "pretended", False):
         return
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:
+        import coverage  # this environment has none of its start-up hooks
+
+        coverage.process_startup()
     properties = types.SimpleNamespace(
         name="Pretended card", major=8, minor=9, total_memory=VRAM, multi_processor_count=1, warp_size=32,
         shared_memory_per_block=49152, max_threads_per_multi_processor=1536, L2_cache_size=1 << 20, gcnArchName="",

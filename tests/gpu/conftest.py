@@ -75,7 +75,7 @@ def tiny(exllamav2_kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -
     place = tmp_path_factory.mktemp("tiny")
     program = (
         "import sys; from pathlib import Path; from modules.engines.tiny import write_tiny\n"
-        "for kind in ('fp16', 'exl2'): write_tiny(Path(sys.argv[1]) / kind, quantization=kind)"
+        "for kind in ('fp16', 'exl2', 'gptq'): write_tiny(Path(sys.argv[1]) / kind, quantization=kind)"
     )
     subprocess.run([exllamav2_kind.python, "-c", program, str(place)], cwd=ROOT, check=True, timeout=120)
-    yield {kind: EngineSpec("exllamav2", str(place / kind), context=1024) for kind in ("fp16", "exl2")}
+    yield {kind: EngineSpec("exllamav2", str(place / kind), context=1024) for kind in ("fp16", "exl2", "gptq")}

@@ -1,0 +1,761 @@
+"""Downloads of models: what is needed, jobs that pause and resume, checked hashes, and publication in one step.
+
+Owns the folder `.partial` in the models folder: a journal for each unfinished job,
+its files, and the locks that keep two servers apart. A file is fetched in ranges
+from where its part ends, so a kill costs the block in flight; its hash is computed
+while it arrives. A model appears under its name only by a rename, when it is whole.
+
+The metadata comes through huggingface_hub. The bytes do not: its own downloads
+compare no hash, cannot be paused, and begin anew after a restart
+(docs/decisions.md). The token stays in the hub library's file; it goes to the hub
+alone, never to the host that a redirect names, and into no message of ours.
+
+Knows nothing of engines, memory or pages.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import difflib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, get_session
+
+from .errors import (
+    AccessDenied,
+    DownloadError,
+    HashMismatch,
+    ModelFilesUnsafe,
+    NotEnoughDisk,
+    SourceNotFound,
+    SourceUnreachable,
+    TurntableError,
+    from_wire,
+)
+from .library import PICKLES, Library, check_gguf, check_safetensors
+from .presets import Variant
+
+log = logging.getLogger("turntable.downloads")
+
+MANIFEST = ".turntable.json"
+PARTIAL = ".partial"
+RUNNING = ("queued", "planning", "checking", "downloading", "publishing")
+
+_GB = 10**9
+_MAX_REPO_FILES = 10_000
+_MAX_NEEDED_FILES = 400
+_MAX_FILE_BYTES = 2 * 10**12
+_MAX_SIDE_FILE_BYTES = 512 * 2**20  # tokenizers reach 35 MB
+_MAX_JSON_BYTES = 16 * 2**20
+_MAX_REDIRECTS = 8
+_READ_BYTES = 2**20
+_LONGEST_RETRY_AFTER_S = 3600.0
+_NOTIFY_EVERY_S = 0.25
+_SPEED_WINDOW_S = 10.0
+_SHOWN_BRANCHES = 12
+
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
+_PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,198}[A-Za-z0-9_+-])?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+# Windows opens a device under these names, whatever the ending.
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
+_INDEX = "model.safetensors.index.json"
+# What the ExLlama engines read beside the weights. Code and pickles are never among it.
+_SIDE_FILES = re.compile(
+    r"config\.json|generation_config\.json|quantization_config\.json|(?:video_)?preprocessor_config\.json"
+    r"|processor_config\.json|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|spiece\.model|[\w.-]+\.tiktoken|chat_template\.[\w.]+"
+)
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_REDIRECTS = (301, 302, 303, 307, 308)
+_OK, _PARTIAL_CONTENT, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _BAD_RANGE, _TOO_MANY = 200, 206, 401, 403, 404, 416, 429
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# The hub library changed its HTTP library between versions; its own error names the base of the one in use.
+_TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+@dataclass(frozen=True)
+class Ref:
+    """What to download: a repository at a revision; for GGUF one file, in all its parts, and perhaps its projector."""
+
+    repo: str
+    revision: str = ""
+    file: str = ""
+    projector: str = ""
+
+    def __post_init__(self) -> None:
+        if not _REPO.fullmatch(self.repo) or ".." in self.repo:
+            raise SourceNotFound(f"{_shown(self.repo)} is no repository.", hint="Write it as OWNER/NAME.")
+        if self.revision and (not _REVISION.fullmatch(self.revision) or ".." in self.revision):
+            raise SourceNotFound(f"{_shown(self.revision)} is no branch or commit.")
+        for name in (self.file, self.projector):
+            if name and (not _PLAIN.fullmatch(name) or _DEVICE.fullmatch(name) or not name.endswith(".gguf")):
+                raise SourceNotFound(f"{_shown(name)} is no plain name of a GGUF file.")
+        if not self.file and not self.revision:
+            # The main branch of such a repository often holds no weights, and downloads "well" in a second.
+            raise SourceNotFound(
+                f"{self.repo} needs a revision, because the weights lie on branches.",
+                hint="Write OWNER/NAME@REVISION, or name a GGUF file.",
+            )
+
+    @classmethod
+    def of(cls, variant: Variant) -> Ref:
+        """The ref of a preset's variant. Raises SourceNotFound for one without a repository."""
+        if not variant.repo:
+            raise SourceNotFound(f"{variant.title} is not downloaded: it is bundled, or a path on this machine.")
+        return cls(variant.repo, variant.revision, variant.file, variant.projector)
+
+    @classmethod
+    def parse(cls, text: str, file: str = "", projector: str = "") -> Ref:
+        """OWNER/NAME@REVISION, as written on the command line."""
+        repo, _, revision = text.partition("@")
+        return cls(repo, revision, file, projector)
+
+    @property
+    def id(self) -> str:
+        """A name for the job that is the same for the same ref, and fit for a file name."""
+        words = "|".join((self.repo.lower(), self.revision or "main", self.file, self.projector))
+        name = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.repo.partition('/')[2]}-{self.file or self.revision}")
+        return f"{name[:60].strip('-')}-{hashlib.sha256(words.encode()).hexdigest()[:10]}"
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.repo}{at}" + (f" {self.file}" if self.file else "")
+
+    def variant(self) -> Variant:
+        """The least that the library needs to know where the files belong."""
+        return Variant(
+            self.id, self.title, "llamacpp" if self.file else "exllamav2",
+            repo=self.repo, revision=self.revision, file=self.file, projector=self.projector,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One needed file. digest is its sha256, or for small files git's sha1 of the blob."""
+
+    name: str
+    size_bytes: int
+    algorithm: str
+    digest: str
+
+    def hasher(self) -> Any:
+        """An empty hash of the right kind."""
+        if self.algorithm == "sha256":
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a download takes: the commit to which the revision was resolved, and the files that are needed."""
+
+    ref: Ref
+    commit: str
+    folder: Path
+    entries: tuple[Entry, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """All the files together."""
+        return sum(entry.size_bytes for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job as people see it. left_s is None where nothing can be said yet; note says what is waited for."""
+
+    id: str
+    repo: str
+    revision: str
+    file: str
+    folder: str
+    state: str  # one of RUNNING, or paused, failed, done, cancelled
+    done_bytes: int
+    total_bytes: int
+    speed_bytes_s: float
+    left_s: float | None
+    files_done: int
+    files_total: int
+    note: str
+    error: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the page."""
+        return asdict(self)
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+@dataclass(frozen=True)
+class Options:
+    """Limits. tries is how often in a row a request may fail without a new byte; timeout_s is the longest silence."""
+
+    reserve_bytes: int = 2 * _GB
+    connections: int = 4
+    jobs_at_once: int = 2
+    tries: int = 8
+    timeout_s: float = 20.0
+    backoff_s: float = 1.0
+    longest_backoff_s: float = 60.0
+    sync_bytes: int = 64 * 2**20
+    free_bytes: Callable[[Path], int] = _free_bytes
+    cache_dir: str = ""  # the hub library's own cache; empty takes its setting
+
+
+class _Stopped(Exception):
+    """The person paused or cancelled, or the server ends."""
+
+
+class _Transient(Exception):
+    """Worth another try. after_s is what the hub asked to wait, None where it did not say."""
+
+    def __init__(self, sentence: str, after_s: float | None = None) -> None:
+        super().__init__(sentence)
+        self.after_s = after_s
+
+
+class _Busy(Exception):
+    """Another process holds the lock."""
+
+
+# The hub --------------------------------------------------------------------------------------
+
+
+class _Patience:
+    """Tries again after a pause that grows, at most so many times in a row without progress."""
+
+    def __init__(self, stop: threading.Event, options: Options, note: Callable[[str], None]) -> None:
+        self._stop, self._options, self._note = stop, options, note
+        self._failed = 0
+
+    def progressed(self) -> None:
+        """A new byte has come: the count starts anew."""
+        if self._failed:
+            self._failed = 0
+            self._note("")
+
+    def again(self, error: _Transient) -> None:
+        """Wait before the next try. Raises SourceUnreachable when it was the last, _Stopped when paused meanwhile."""
+        if self._stop.is_set():
+            raise _Stopped
+        self._failed += 1
+        if self._failed >= self._options.tries:
+            raise SourceUnreachable(f"The download gave up after {self._failed} tries. {error}")
+        grown = self._options.backoff_s * 2 ** (self._failed - 1)
+        wait_s = min(grown, self._options.longest_backoff_s) if error.after_s is None else error.after_s
+        self._note(f"{error} Next try in {wait_s:.0f} s.")
+        if self._stop.wait(wait_s):
+            raise _Stopped
+
+    def call(self, act: Callable[[], Any]) -> Any:
+        """Do it until it works."""
+        while True:
+            try:
+                result = act()
+            except _Transient as error:
+                self.again(error)
+            else:
+                self.progressed()
+                return result
+
+
+class _Hub:
+    """The hub's protocol: metadata, and bytes from a position on. Foreign errors become ours here and nowhere else."""
+
+    def __init__(self, endpoint: str, token: Callable[[], str | None], timeout_s: float) -> None:
+        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
+        self._token, self._timeout_s = token, timeout_s
+        parts = urlsplit(self.endpoint)
+        self._origin = (parts.scheme, parts.netloc)
+        self._plain = parts.scheme == "http" and parts.hostname in _LOOPBACK
+        if not self._plain and parts.scheme != "https":
+            raise SourceUnreachable(f"The hub's address {self.endpoint} is not encrypted.", hint="Use https.")
+
+    def info(self, ref: Ref) -> Any:
+        """The hub's description of the repository at the revision."""
+        with self._foreign(ref):
+            api = self._api()
+            found = api.model_info(
+                ref.repo, revision=ref.revision or "main", files_metadata=True, timeout=self._timeout_s
+            )
+            if getattr(found, "gated", False):
+                api.auth_check(ref.repo)  # the list of files is public, the files are not: better now than later
+            return found
+
+    def branches(self, ref: Ref) -> list[str]:
+        """The names of the branches; a help in a message only, so without them when they cannot be had."""
+        try:
+            with self._foreign(ref):
+                return [branch.name for branch in self._api().list_repo_refs(ref.repo).branches]
+        except (TurntableError, _Transient):
+            return []
+
+    @contextlib.contextmanager
+    def stream(self, plan: Plan, name: str, start: int) -> Iterator[Any]:
+        """The response with the file's bytes from start on; the status is for the caller to judge when it is good."""
+        url = hf_hub_url(plan.ref.repo, name, revision=plan.commit, endpoint=self.endpoint)
+        for _ in range(_MAX_REDIRECTS):
+            with self._foreign(plan.ref, name), self._get(url, start) as response:
+                if response.status_code not in _REDIRECTS:
+                    self._check(plan.ref, response, name)
+                    yield response
+                    return
+                url = self._redirect(url, response.headers.get("location", ""))
+        raise SourceUnreachable(f"The hub sends requests for {name} in a circle.")
+
+    def _get(self, url: str, start: int) -> Any:
+        # The token is for the hub; a redirect leads to a storage host, whose address carries its own permission.
+        parts = urlsplit(url)
+        token = self._token() if (parts.scheme, parts.netloc) == self._origin else None
+        headers = build_hf_headers(token=token or False)
+        headers["accept-encoding"] = "identity"  # positions and hashes count the file's own bytes
+        if start:
+            headers["range"] = f"bytes={start}-"
+        session: Any = get_session()
+        return session.stream("GET", url, headers=headers, follow_redirects=False, timeout=self._timeout_s)
+
+    def _redirect(self, url: str, location: str) -> str:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+        if parts.scheme == "https" or (self._plain and parts.scheme == "http" and parts.hostname in _LOOPBACK):
+            return target
+        raise SourceUnreachable(f"The hub redirects to {parts.scheme}://{parts.hostname}, which is not encrypted.")
+
+    def _api(self) -> HfApi:
+        return HfApi(endpoint=self.endpoint, token=self._token() or False)
+
+    @contextlib.contextmanager
+    def _foreign(self, ref: Ref, name: str = "") -> Iterator[None]:
+        try:
+            yield
+        except HfHubHTTPError as error:
+            self._check(ref, error.response, name)
+            raise SourceUnreachable(f"The hub's answer for {ref.title} makes no sense.") from None
+        except OfflineModeIsEnabled:
+            hint = "Unset HF_HUB_OFFLINE and start again."
+            raise SourceUnreachable("The hub library is told to work offline.", hint=hint) from None
+        except _TransportError as error:
+            raise _Transient(_why(error, urlsplit(self.endpoint).hostname or "the hub")) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            log.debug("the hub's answer for %s: %r", ref.title, error)
+            host = urlsplit(self.endpoint).hostname
+            raise SourceUnreachable(f"{host} does not answer like the hub; is a login page in between?") from None
+
+    def _check(self, ref: Ref, response: Any, name: str) -> None:
+        """Raise what the status means; return when it is a good one."""
+        status, code = response.status_code, response.headers.get("x-error-code", "")
+        if status in (_OK, _PARTIAL_CONTENT):
+            return
+        if status in _TRANSIENT:
+            what = "asks for a pause" if status == _TOO_MANY else f"answers {status}"
+            raise _Transient(f"The hub {what}.", _retry_after(response.headers))
+        page = f"{self.endpoint}/{ref.repo}"
+        if code == "GatedRepo" or (status == _FORBIDDEN and code != "RepoNotFound"):
+            hint = f"Open {page}, accept the terms, and store a token of that account with `hf auth login`."
+            raise AccessDenied(f"{ref.repo} is handed out only to those who accepted its terms.", hint=hint)
+        if status == _UNAUTHORIZED and code != "RepoNotFound" and self._token():
+            hint = "Store a new token with `hf auth login`, or remove the old one with `hf auth logout`."
+            raise AccessDenied("The hub does not accept the stored token.", hint=hint)
+        raise self._absent(ref, status, code, name)
+
+    def _absent(self, ref: Ref, status: int, code: str, name: str) -> DownloadError:
+        if code == "RevisionNotFound":
+            return SourceNotFound(f"{ref.repo} has no revision {ref.revision or 'main'}.", hint=self.advice(ref))
+        if code == "EntryNotFound" or (name and status == _NOT_FOUND):
+            return SourceNotFound(f"{ref.repo} no longer has the file {name}.", hint="Cancel and start again.")
+        if status in (_UNAUTHORIZED, _NOT_FOUND):
+            hint = "Check the name; for a private one, store a token with `hf auth login`."
+            return SourceNotFound(f"{ref.repo} does not exist, or is private.", hint=hint)
+        if status == _BAD_RANGE:
+            return HashMismatch(f"{name} is shorter on the hub than the hub says.")
+        return SourceUnreachable(f"The hub answers {status} for {ref.title}.")
+
+    def advice(self, ref: Ref) -> str | None:
+        """The branches there are, as a hint; None keeps the error's own."""
+        names = self.branches(ref)
+        if not names:
+            return None
+        more = ", …" if len(names) > _SHOWN_BRANCHES else ""
+        return f"Its branches: {', '.join(names[:_SHOWN_BRANCHES])}{more}."
+
+
+def _why(error: Exception, host: str) -> str:
+    """A transport error in words, without its address, which may carry a signature."""
+    kind = type(error).__name__
+    if "Connect" in kind:
+        return f"{host} cannot be reached."
+    return f"{host} is silent." if "Timeout" in kind else f"The connection to {host} broke."
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds that the hub asks to wait: Retry-After in seconds or as a date, or the reset of its rate limit."""
+    said = str(headers.get("retry-after", "")).strip()
+    limit = re.search(r";\s*t\s*=\s*(\d+)", str(headers.get("ratelimit", "")))
+    wait_s: float | None = None
+    if said.isdigit():
+        wait_s = float(said)
+    elif said:
+        with contextlib.suppress(ValueError, TypeError):
+            wait_s = max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    elif limit:
+        wait_s = float(limit[1])
+    return None if wait_s is None else min(wait_s, _LONGEST_RETRY_AFTER_S)
+
+
+# The plan: which files are needed -----------------------------------------------------------------
+
+
+def _entries(ref: Ref, info: Any) -> dict[str, Entry]:
+    """The repository's top-level files by name. Raises ModelFilesUnsafe for names that are tricks."""
+    siblings = list(info.siblings or ())
+    if len(siblings) > _MAX_REPO_FILES:
+        raise SourceNotFound(f"{ref.repo} has {len(siblings)} files, so it is no model's repository.")
+    found: dict[str, Entry] = {}
+    for sibling in siblings:
+        name = sibling.rfilename
+        _refuse_tricks(ref, name)
+        if "/" not in name:
+            lfs = sibling.lfs
+            size = lfs.size if lfs else sibling.size
+            digest = lfs.sha256 if lfs else sibling.blob_id
+            found[name] = Entry(
+                name, size if type(size) is int else -1, "sha256" if lfs else "git-sha1", str(digest or "").lower()
+            )
+    return found
+
+
+def _refuse_tricks(ref: Ref, name: Any) -> None:
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or _DEVICE.fullmatch(part) or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
+        raise ModelFilesUnsafe(
+            f"{ref.repo} has a file whose name leads elsewhere: {_shown(name)}.",
+            hint="Do not use this repository; its author means harm.",
+        )
+
+
+def _checked(ref: Ref, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """The needed files, after every check of what the hub says of them."""
+    chosen = tuple(sorted(entries, key=lambda entry: entry.name))
+    if len(chosen) > _MAX_NEEDED_FILES:
+        raise SourceNotFound(f"{ref.title} needs {len(chosen)} files, which no model does.")
+    if len({entry.name.lower() for entry in chosen}) != len(chosen):
+        raise ModelFilesUnsafe(f"{ref.repo} has files whose names differ in capitals only.")
+    for entry in chosen:
+        weights = entry.name.endswith((".gguf", ".safetensors"))
+        if not _PLAIN.fullmatch(entry.name):
+            raise ModelFilesUnsafe(f"{ref.repo} has a needed file with an odd name: {_shown(entry.name)}.")
+        if not 0 <= entry.size_bytes <= (_MAX_FILE_BYTES if weights else _MAX_SIDE_FILE_BYTES):
+            raise SourceUnreachable(f"The hub gives {entry.name} a size of {entry.size_bytes} bytes.")
+        if not re.fullmatch(r"[0-9a-f]{64}" if entry.algorithm == "sha256" else r"[0-9a-f]{40}", entry.digest):
+            raise SourceUnreachable(f"The hub gives no hash for {entry.name}, so it could not be checked.")
+    return chosen
+
+
+def _gguf_entries(ref: Ref, found: dict[str, Entry]) -> list[Entry]:
+    names = [name for base in (ref.file, ref.projector) if base for name in _shards(base)]
+    for name in names:
+        if name not in found:
+            near = difflib.get_close_matches(name, [n for n in found if n.endswith(".gguf")], n=3, cutoff=0.0)
+            hint = f"The nearest names there: {', '.join(near)}." if near else "It has no GGUF files at the top."
+            raise SourceNotFound(f"{ref.title} is not there: the repository has no file {name}.", hint=hint)
+    return [found[name] for name in names]
+
+
+def _shards(name: str) -> list[str]:
+    """All the parts of a model of which this file is one; just the name for a model in one file."""
+    match = _SHARD.fullmatch(name)
+    if not match or not 0 < int(match[3]) <= _MAX_NEEDED_FILES:
+        return [name]
+    return [f"{match[1]}-{part:05d}-of-{match[3]}{match[4]}" for part in range(1, int(match[3]) + 1)]
+
+
+def _folder_entries(ref: Ref, found: dict[str, Entry], indexed: set[str] | None) -> list[Entry]:
+    """The files of a folder of safetensors. indexed are the weights that its index names, None without an index."""
+    weights = {name for name in found if name.endswith(".safetensors")}
+    side = {name for name in found if _SIDE_FILES.fullmatch(name)}
+    if indexed is not None and not indexed & weights:
+        indexed = None  # the index of the model before it was quantized, left in the repository by the converter
+    elif indexed is not None:
+        if missing := sorted(indexed - weights):
+            raise SourceNotFound(f"{ref.title} is not complete on the hub: it lacks {missing[0]}.")
+        side.add(_INDEX)
+        weights = indexed
+    if len(weights) > 1:  # the same weights again, in one file, for another program
+        weights = {name for name in weights if not name.startswith("consolidated")} or weights
+    for name in sorted(weights):
+        if missing := [part for part in _shards(name) if part not in found]:
+            raise SourceNotFound(f"{ref.title} is not complete on the hub: it lacks {missing[0]}.")
+    return [found[name] for name in weights | side]
+
+
+# Files and locks -----------------------------------------------------------------------------------
+
+
+class _Lock:
+    """A lock between processes, let go by the system when its holder dies."""
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self._file = path.open("a+b")
+            try:
+                _lock_file(self._file, wait)
+                same = os.fstat(self._file.fileno()).st_ino == path.stat().st_ino
+            except FileNotFoundError:
+                same = False
+            except OSError:
+                self._file.close()
+                raise _Busy from None
+            if same:
+                break
+            self._file.close()  # its last holder deleted it between our open and our lock
+        self._path = path
+
+    def release(self, *, delete: bool = False) -> None:
+        """Let go. Deletes the file only while it is still held, so that nobody holds a deleted one for long."""
+        if delete:
+            with contextlib.suppress(OSError):  # Windows deletes no open file, and an empty file harms nobody
+                self._path.unlink()
+        self._file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock_file(file: Any, wait: bool) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock_file(file: Any, wait: bool) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _write_json(path: Path, table: dict[str, Any], *, sync: bool = True) -> None:
+    """The whole table under the name, or the old file untouched."""
+    draft = path.with_name(path.name + ".new")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(table, file, indent=1)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The table, or an empty one where there is none that can be read."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut; Windows has no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _boot_id() -> str:
+    """Changes when the machine starts; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the disk's format or another disk does not allow that."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        draft = target.with_name(target.name + ".part")
+        shutil.copyfile(source, draft)
+        os.replace(draft, target)
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was published into a folder: file name to size_bytes, algorithm, digest, repo, revision and commit."""
+    files = _read_json(folder / MANIFEST).get("files")
+    return {n: e for n, e in files.items() if isinstance(e, dict)} if isinstance(files, dict) else {}
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every published file of a folder again; the names of those that are gone or changed."""
+    bad = []
+    for name, table in read_manifest(folder).items():
+        entry = Entry(name, int(table["size_bytes"]), str(table["algorithm"]), str(table["digest"]))
+        if not _is(folder / name, entry, threading.Event()):
+            bad.append(name)
+    return bad
+
+
+def _is(path: Path, entry: Entry, stop: threading.Event) -> bool:
+    """Whether the file is the one that the entry describes; reads it whole when the size is right."""
+    try:
+        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+            return False
+        digest = entry.hasher()
+        with path.open("rb") as file:
+            _feed(file, digest, entry.size_bytes, stop)
+    except OSError:
+        return False
+    return bool(digest.hexdigest() == entry.digest)
+
+
+def _feed(file: Any, digest: Any, size_bytes: int, stop: threading.Event) -> None:
+    left = size_bytes
+    while left > 0:
+        if stop.is_set():
+            raise _Stopped
+        block = file.read(min(left, _READ_BYTES))
+        if not block:
+            return
+        digest.update(block)
+        left -= len(block)
+
+
+# One file ------------------------------------------------------------------------------------------
+
+
+class _Fetch:
+    """Brings one file to the disk: NAME.part grows to the whole, is checked, and loses its ending.
+
+    NAME.sync says how much of the part was forced to the disk and in which run of the
+    machine. After a power cut the end of a part may hold zeros, so all beyond that
+    mark is given up; after a kill the size is the truth, because the kernel lived on.
+    """
+
+    def __init__(self, job: _Job, plan: Plan, entry: Entry, hub: _Hub, options: Options) -> None:
+        self._job, self._plan, self._entry, self._hub, self._options = job, plan, entry, hub, options
+        self._final = job.staged / entry.name
+        self._part = job.staged.parent / "parts" / (entry.name + ".part")
+        self._mark = self._part.with_name(entry.name + ".sync")
+        self._synced = self._at = 0
+        self._digest: Any = None
+        self._boot = _boot_id()
+
+    def run(self) -> None:
+        """Return when the file is there and right. Raises HashMismatch when it came wrong twice."""
+        self._part.parent.mkdir(parents=True, exist_ok=True)
+        patience = _Patience(self._job.stop, self._options, self._job.note)
+        for _ in range(2):
+            with self._open() as out:
+                self._receive(out, patience)
+                os.fsync(out.fileno())
+            if self._digest.hexdigest() == self._entry.digest:
+                os.replace(self._part, self._final)
+                self._mark.unlink(missing_ok=True)
+                return
+            self._part.unlink()
+            self._mark.unlink(missing_ok=True)
+            self._job.arrived(self._entry.name, 0)
+        raise HashMismatch(f"{self._entry.name} arrived twice with another content than the hub announced.")
+
+    def _open(self) -> Any:
+        """The part, its hash so far, and where to go on."""
+        out = self._part.open("r+b" if self._part.exists() else "w+b", buffering=0)
+        try:
+            size_bytes = os.fstat(out.fileno()).st_size
+            mark = _read_json(self._mark)
+            self._synced = mark.get("synced", 0) if type(mark.get("synced", 0)) is int else 0
+            if mark.get("boot", "") != self._boot or size_bytes > self._entry.size_bytes:
+                size_bytes = min(size_bytes, self._synced, self._entry.size_bytes)
+                out.truncate(size_bytes)
+            self._synced = min(self._synced, size_bytes)
+            self._save_mark()
+            self._digest = self._entry.hasher()
+            _feed(out, self._digest, size_bytes, self._job.stop)
+            self._at = out.seek(size_bytes)
+            self._job.arrived(self._entry.name, self._at)
+        except BaseException:
+            out.close()
+            raise
+        return out
+
+    def _receive(self, out: Any, patience: _Patience) -> None:
+        while self._at < self._entry.size_bytes:
+            try:
+                with self._hub.stream(self._plan, self._entry.name, self._at) as response, self._job.reading(response):
+                    self._accept(out, response)
+                    for block in response.iter_raw():
+                        self._write(out, block)
+                        patience.progressed()
+                if self._at < self._entry.size_bytes:
+                    raise _Transient("The hub's answer ended too early.")
+            except _Transient as error:
+                patience.again(error)
+
+    def _accept(self, out: Any, response: Any) -> None:
+        """Check that the response is the piece that was asked for."""
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise SourceUnreachable(f"The hub sends {self._entry.name} compressed, so it cannot be checked.")
+        begin, total = 0, response.headers.get("content-length", "")
+        if response.status_code == _PARTIAL_CONTENT:
+            match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
+            begin, total = (int(match[1]), match[3]) if match else (-1, "")
+        elif self._at:  # a proxy that knows no ranges; then only the whole file can be had
+            self._at = out.seek(0)
+            out.truncate(0)
+            self._synced, self._digest = 0, self._entry.hasher()
+            self._save_mark()
+        if begin != self._at or (total.isdigit() and int(total) != self._entry.size_bytes):
+            raise HashMismatch(f"The hub sends another piece of {self._entry.name} than the one asked for.")
+
+    def _write(self, out: Any, block: bytes) -> None:
+        if self._job.stop.is_set():
+            raise _Stopped
+        if self._at + len(block) > self._entry.size_bytes:
+            raise HashMismatch(f"{self._entry.name} is longer than the hub announced.")
+        view = memoryview(block)
+        while view:
+            view = view[out.write(view) :]
+        self._digest.update(block)
+        self._at += len(block)
+        self._job.arrived(self._entry.name, self._at, received=len(block))
+        if self._at - self._synced >= self._options.sync_bytes:
+            os.fsync(out.fileno())
+            self._synced = self._at
+            self._save_mark()
+            self._job.check_reserve()
+
+    def _save_mark(self) -> None:
+        # Not forced to the disk: an older mark only gives up more than it must.
+        _write_json(self._mark, {"synced": self._synced, "boot": self._boot}, sync=False)
