@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from modules import prompt
+from modules import planner, prompt
 from modules.chats import ChatInfo, ChatMessage, Chats
 from modules.errors import (
     Busy,
@@ -41,7 +41,7 @@ from modules.messages import (
     Start,
     Timings,
 )  # fmt: skip
-from modules.presets import Options, Preset, Presets, Variant
+from modules.presets import EXL_ENGINES, Options, Preset, Presets, Variant
 from modules.process import EngineKind, EngineProcess
 
 SAVE_EVERY_S = 1.0
@@ -415,7 +415,9 @@ def _lora(text: str) -> tuple[str, float]:
 
 
 def needs_bytes(variant: Variant, size_bytes: int) -> int:
-    """Memory that a variant takes: files, KV cache (K and V, bytes per value by cache mode), scratch."""
+    """Memory that a variant takes: on the card by the planner; in RAM files, KV cache and scratch."""
+    if variant.engine in EXL_ENGINES and variant.shape is not None:
+        return planner.plan_variant(variant).gpu_bytes
     shape, per_value = variant.shape, {"FP16": 2.0, "Q8": 1.0625, "Q6": 0.8125, "Q4": 0.5625}[variant.cache_mode]
     cache = 0.0
     if shape:

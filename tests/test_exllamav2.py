@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from modules.errors import DoesNotFit, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
+from modules.errors import DoesNotFit, GenerateError, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
 from modules.loader import Loader
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
@@ -268,6 +269,22 @@ def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_
     with pytest.raises(TurntableError):
         ask(process, (Message("user", "What?", (str(tmp_path / "gone.png"),)),))
     assert ask(process, first).text == heard.text
+
+
+def test_a_picture_that_does_not_fit_ends_in_an_error_and_the_next_answer_comes(begin, demo, tmp_path: Path) -> None:
+    folder = demo("vision")
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    large = tmp_path / "large"
+    shutil.copytree(folder, large)
+    (large / "preprocessor_config.json").write_text(json.dumps({**said, "max_pixels": 4_000_000}))
+    Image.new("RGB", (1120, 1120), "white").save(tmp_path / "large.png")
+    process = begin(on_cpu(vram_bytes=40 << 20))
+    process.load(spec_of(large, context=2048), quiet)
+    with pytest.raises(GenerateError, match="ran out of memory"):
+        ask(process, (Message("user", "What?", (str(tmp_path / "large.png"),)),))
+    small = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40))),)),)
+    assert ask(process, small).text == "I see a blue square in the top left corner."
+    assert process.unload() == 0
 
 
 def test_a_model_that_does_not_see_refuses_pictures(begin, models: Path, tmp_path: Path) -> None:

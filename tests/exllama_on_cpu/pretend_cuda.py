@@ -45,6 +45,7 @@ class Memory:
         address, size = storage.data_ptr(), storage.nbytes()
         if address in self.sizes or not size:
             return
+        self.check(card, size)
         self.sizes[address] = (card, size)
         self.used[card] += size
         self.most[card] = max(self.most[card], self.used[card])
