@@ -23,6 +23,7 @@ from modules.process import EngineKind, EngineProcess, Limits
 
 from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
 from .contract import Contract, Subject, ask
+from .demo_answers import ASKS, answers, expected
 
 STAND_IN = ROOT / "tests" / "exllama_on_cpu"
 MAKE_TINY = (
@@ -215,18 +216,11 @@ def test_after_a_load_that_failed_the_previous_model_is_back(models: Path) -> No
         loader.close()
 
 
-def test_the_demo_model_answers_as_it_does_in_llama_cpp(begin, demo: Callable[[str], Path]) -> None:
-    questions = ["What is the capital of France?", "What is the capital of Japan?", "Who are you?", "Hello!"]
-    theirs = EngineProcess(LLAMA, Limits(load_s=60))
-    try:
-        theirs.load(EngineSpec("llamacpp", str(DEMO / "assistant-q8_0.gguf"), context=1024), quiet)
-        expected = [ask(theirs, q, sampling=Sampling(temperature=0.0, max_tokens=40)).text for q in questions]
-    finally:
-        theirs.stop()
+@pytest.mark.parametrize("name", ASKS)
+def test_the_demo_models_answer_as_they_do_in_llama_cpp(begin, demo: Callable[[str], Path], name: str) -> None:
     process = begin()
-    process.load(spec_of(demo("assistant")), quiet)
-    got = [ask(process, q, sampling=Sampling(temperature=0.0, max_tokens=40)).text for q in questions]
-    assert got == expected
+    process.load(spec_of(demo(name)), quiet)
+    assert answers(process, name) == expected(name)
 
 
 def drawn(place: Path, name: str, *shapes: tuple[str, str, tuple[int, int, int, int]]) -> str:

@@ -6,16 +6,19 @@ import dataclasses
 import json
 import random
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 from modules.errors import DoesNotFit, TurntableError
 from modules.loader import Loader
-from modules.messages import EngineSpec
+from modules.messages import EngineSpec, Message
 from modules.process import EngineKind, EngineProcess, Limits
 
 from ..contract import Contract, Subject, ask
+from ..demo_answers import ASKS, answers, expected
 from .conftest import ROOT
 
 SWAPS, RUN = 50, 200
@@ -68,6 +71,43 @@ class TestDraft(Contract):
     def subject(cls, exllamav2_kind: EngineKind, tiny: dict[str, EngineSpec]) -> Subject:
         spec = tiny["exl2"]
         return Subject(exllamav2_kind, dataclasses.replace(spec, options=(("draft_model", spec.model),)))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EngineSpec]:
+    """The bundled models as FP16 checkpoints."""
+    pytest.importorskip("gguf", reason="the package gguf reads the bundled models; it is not installed here")
+    from ..exllama_on_cpu.models import convert
+
+    place = tmp_path_factory.mktemp("demo")
+    return lambda name: EngineSpec("exllamav2", str(convert(name, place / name)), context=1024)
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_the_demo_models_answer_as_they_do_in_llama_cpp(
+    exllamav2_kind: EngineKind, demo: Callable[[str], EngineSpec], name: str
+) -> None:
+    process = EngineProcess(exllamav2_kind, Limits(load_s=300))
+    try:
+        process.load(demo(name), lambda event: None)
+        assert answers(process, name) == expected(name)
+    finally:
+        process.stop()
+
+
+def test_the_demo_that_sees_names_what_is_drawn(
+    exllamav2_kind: EngineKind, demo: Callable[[str], EngineSpec], tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (112, 112), "white")
+    ImageDraw.Draw(picture).rectangle((10, 10, 40, 40), fill="blue")
+    picture.save(tmp_path / "a.png")
+    process = EngineProcess(exllamav2_kind, Limits(load_s=300))
+    try:
+        process.load(demo("vision"), lambda event: None)
+        turn = (Message("user", "Describe the image.", (str(tmp_path / "a.png"),)),)
+        assert ask(process, turn).text == "I see a blue square in the top left corner."
+    finally:
+        process.stop()
 
 
 def test_greedy_answers_are_equal_over_random_swaps(exllamav2_kind: EngineKind, tiny: dict[str, EngineSpec]) -> None:
