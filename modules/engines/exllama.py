@@ -42,6 +42,7 @@ DEFAULT_MAX_PIXELS = 1280 * 28 * 28  # about 1,280 tokens of a picture
 MAX_EMBEDDINGS = 64
 MAX_EMBEDDING_BYTES = 512 << 20
 MAX_SCHEMA_BYTES = 256 << 10
+MAX_FOLDERS = 16  # whose checkpoints are kept read
 
 
 @dataclass
@@ -140,6 +141,7 @@ class ExLlamaEngine:
         self._context = 0
         self._embeddings: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._views = 0
+        self._folders: OrderedDict[tuple[Any, ...], tuple[Checkpoint, ChatTemplate, Path]] = OrderedDict()
 
     # What a library's adapter provides -------------------------------------------------
 
@@ -203,23 +205,15 @@ class ExLlamaEngine:
 
     def load(self, spec: EngineSpec, progress: Progress) -> int:
         self._options = Options.of(spec)
-        checkpoint = read_checkpoint(Path(spec.model), self.rules)
+        checkpoint, self._template, folder = self._read(Path(spec.model))
         if checkpoint.max_position_embeddings and spec.context > checkpoint.max_position_embeddings:
             raise LoadError(
                 f"The context size is {spec.context}, and the model was made for {checkpoint.max_position_embeddings}.",
                 hint="Make the preset's context smaller.",
             )
-        for repair in checkpoint.repairs:
-            _say(repair)
-        self._template = ChatTemplate(
-            checkpoint.template, bos_token=checkpoint.bos_token, eos_token=checkpoint.eos_token,
-            special=checkpoint.special_tokens,
-        )  # fmt: skip
         self._spec, self._checkpoint, self._context = spec, checkpoint, pages_up(spec.context)
-        self._views += 1
-        place = Path(os.environ.get("TURNTABLE_ENGINE_DIR") or tempfile.mkdtemp(prefix="turntable-engine-"))
         try:
-            self._open(prepare(checkpoint, place / f"view-{self._views}"), progress)
+            self._open(folder, progress)
         except Exception as error:
             known = self._explain_load(error, checkpoint)
             # The traceback holds the frames of the load, and they hold tensors on the card.
@@ -228,6 +222,31 @@ class ExLlamaEngine:
             self.unload()
             raise known from None
         return spec.context
+
+    def _read(self, folder: Path) -> tuple[Checkpoint, ChatTemplate, Path]:
+        """A folder's checkpoint, its compiled template and the folder for the library.
+
+        Kept for the swap back, because reading a large vocabulary takes a tenth of a second; a folder in which
+        anything changed is read again.
+        """
+        stamp = _stamp(folder)
+        known = self._folders.get(stamp)
+        if known is None:
+            checkpoint = read_checkpoint(folder, self.rules)
+            for repair in checkpoint.repairs:
+                _say(repair)
+            template = ChatTemplate(
+                checkpoint.template, bos_token=checkpoint.bos_token, eos_token=checkpoint.eos_token,
+                special=checkpoint.special_tokens,
+            )  # fmt: skip
+            self._views += 1
+            place = Path(os.environ.get("TURNTABLE_ENGINE_DIR") or tempfile.mkdtemp(prefix="turntable-engine-"))
+            known = (checkpoint, template, prepare(checkpoint, place / f"view-{self._views}"))
+            self._folders[stamp] = known
+            while len(self._folders) > MAX_FOLDERS:
+                self._folders.popitem(last=False)
+        self._folders.move_to_end(stamp)
+        return known
 
     def _explain_load(self, error: Exception, checkpoint: Checkpoint) -> TurntableError:
         if isinstance(error, TurntableError):
@@ -438,6 +457,16 @@ def grammar(constraint: Constraint) -> str:
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"The {constraint.kind} cannot be used: {_short(error)}") from None
     return written
+
+
+def _stamp(folder: Path) -> tuple[Any, ...]:
+    """The folder with the name, size and time of everything in it; just the folder when it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries]
+    except OSError:
+        found = []
+    return (str(folder), *sorted(found))
 
 
 def _short(error: BaseException) -> str:

@@ -48,7 +48,7 @@ from modules.engines.fastload import Feeder, HostCopies, Layout, lay_out
 from modules.engines.selftest import TOKENS, Report, close_enough
 from modules.engines.tiny import write_tiny
 from modules.errors import InvalidRequest, LoadError, ModelFilesUnsafe
-from modules.messages import Loading, Sampling
+from modules.messages import EngineSpec, Loading, Sampling
 
 CACHES = {"FP16": ExLlamaV2Cache, "Q8": ExLlamaV2Cache_Q8, "Q6": ExLlamaV2Cache_Q6, "Q4": ExLlamaV2Cache_Q4}
 # The names in architecture.py. Any other is loaded "as Llama" by the library, with a printed warning.
@@ -95,7 +95,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._feeder = Feeder()
         self._copies = HostCopies(int(os.environ.get("TURNTABLE_PINNED_BYTES", "0")))
         self._in_use: list[tuple[Any, ...]] = []
-        self._warmed: set[str] = set()
+        self._warmed: set[EngineSpec] = set()
         self._tokenizers: dict[str, Any] = {}
         self._busy_s = 0.0
 
@@ -145,12 +145,13 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._tokenizers = {**self._tokenizers, str(checkpoint.folder): self._tokenizer}
         self._load_loras()
         self._generator = self._make_generator()
-        self._try_memory(config)
-        if str(checkpoint.folder) not in self._warmed:
+        if self._spec not in self._warmed:
+            # Once for each way to load it: the long prompt takes longer than a swap may.
+            self._try_memory(config)
             wanted = WARM_UP_TOKENS + self._extra_tokens()
             self._generator.generate("Once upon a time,", max_new_tokens=wanted, gen_settings=neutral(Sampling()))
             self._generator.reset_page_table()
-            self._warmed.add(str(checkpoint.folder))
+            self._warmed.add(self._spec)
         self._busy_s = time.monotonic()
         whole_s = self._busy_s - began
         rate = total / max(weights_s, 1e-6) / 1e9
