@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "models"
 FAKE = EngineKind("fake", where="tests.fake_engine:FakeEngine")
 KEEPS = EngineKind("keeps", where="tests.fake_engine:FakeEngine", keeps_process=True)
+CARD = EngineKind("card", where="tests.fake_engine:FakeEngine", keeps_process=True, memory="vram")
 LLAMA = EngineKind("llamacpp")
 # The interpreter that has PyTorch for the CPU and both ExLlama libraries; test.sh makes it.
 EXLLAMA_PYTHON = os.environ.get("TURNTABLE_EXLLAMA_PYTHON") or str(ROOT / ".venv-exllama" / "bin" / "python")
@@ -105,7 +106,7 @@ def make_loader():
 
     def make(budget: int = 10_000, **options) -> Loader:
         options.setdefault("limits", Limits(load_s=20, stall_s=5))
-        made.append(Loader({"fake": FAKE, "keeps": KEEPS, "llamacpp": LLAMA}, budget, **options))
+        made.append(Loader({"fake": FAKE, "keeps": KEEPS, "card": CARD, "llamacpp": LLAMA}, budget, **options))
         return made[-1]
 
     yield make

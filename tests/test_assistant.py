@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from modules.assistant import Assistant
+from modules.assistant import Assistant, engine_options, needs_bytes
 from modules.chats import Chats
 from modules.errors import Busy, ChatNotFound, InvalidRequest, PresetNotFound
 from modules.images import Images
 from modules.library import Library
 from modules.messages import Delta, Failed, Finished
-from modules.presets import Presets
+from modules.presets import Options, Presets
 
 from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually, in_thread
 
@@ -162,3 +162,17 @@ def test_delete_stops_the_answer(assistant):
 def test_the_demo_models_answer(assistant, preset, question, words):
     job = assistant.reply(None, question, (), preset)
     assert isinstance(list(job.follow())[-1], Finished) and words in job.message.text
+
+
+def test_options_cross_the_pipe_as_words():
+    options = Options(force_thought=True, draft="ngram", draft_tokens=3, loras=("/a/b:0.5", "/c", "C:/d"))
+    assert engine_options(options) == (
+        ("draft", "ngram"), ("draft_tokens", "3"), ("force_thought", "1"),
+        ("loras", '[["/a/b", 0.5], ["/c", 1.0], ["C:/d", 1.0]]'),
+    )  # fmt: skip
+    assert engine_options(None) == engine_options(Options()) == ()
+
+
+def test_what_a_model_takes_on_the_card_comes_from_the_planner():
+    coding = Presets([ROOT / "presets"]).get("coding")
+    assert 20e9 < needs_bytes(coding.variants[0], 18_760_000_000) < 23e9

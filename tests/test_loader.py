@@ -207,3 +207,22 @@ def test_many_swaps_leave_nothing_behind(make_loader, plan):
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     swap(20)
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= files and threading.active_count() <= threads)
+
+
+def test_models_on_the_card_and_in_ram_do_not_make_room_for_each_other(make_loader, plan):
+    loader = make_loader(budget=150, vram_budget_bytes=120)
+    for name, engine in (("a", "fake"), ("b", "card"), ("c", "card"), ("d", "fake")):
+        with loader.lease(plan(name, engine, bytes=100), needs_bytes=100) as process:
+            say(process)
+    assert held(loader) == ["d", "c"]
+    view = loader.snapshot()
+    assert (view.used_bytes, view.budget_bytes, view.vram_used_bytes, view.vram_budget_bytes) == (100, 150, 100, 120)
+    assert (loader.budget_bytes("card"), loader.budget_bytes("fake"), loader.budget_bytes("nothing")) == (120, 150, 0)
+
+
+def test_a_model_too_large_for_the_card_is_refused_whatever_the_ram(make_loader, plan):
+    loader = make_loader(budget=10_000, vram_budget_bytes=120)
+    with pytest.raises(DoesNotFit, match="budget of the card"), loader.lease(plan("a", "card"), needs_bytes=130):
+        pass
+    with loader.lease(plan("b"), needs_bytes=130):
+        pass

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modules.errors import PresetError, PresetInvalid, PresetNotFound
 from modules.messages import Sampling
-from modules.presets import MAX_FILE_BYTES, Preset, Presets, Shape, Variant, dumps
+from modules.presets import MAX_FILE_BYTES, Options, Preset, Presets, Shape, Variant, dumps
 
 SHIPPED = Path(__file__).parent.parent / "presets"
 
@@ -179,6 +179,18 @@ def test_exllama_needs_a_revision_and_no_gguf():
     assert "variants[1].revision is missing" in complaint(EXL.replace("revision", "#"))
     assert "variants[1].file " in complaint(EXL + 'file = "a.gguf"')
     assert "variants[1].bundled needs the engine llamacpp" in complaint(GOOD.replace("llamacpp", "exllamav3"))
+
+
+def test_options_belong_to_the_exllama_engines():
+    said = 'options = { force_thought = true, draft = "ngram", chunk_size = 512, loras = ["/a:0.5"] }\n'
+    options = load(EXL + said).variants[0].options
+    assert options == Options(force_thought=True, draft="ngram", chunk_size=512, loras=("/a:0.5",))
+    assert load(dumps(load(EXL + said))).variants[0].options == options
+    assert load(EXL).variants[0].options is None
+    assert "mean nothing to llamacpp" in complaint(GOOD + said)
+    assert "not a multiple of 256" in complaint(EXL + "options = { chunk_size = 300 }")
+    for wrong in ('draft = "magic"', "draft_tokens = 9", 'gpu_split = "half"', 'draft_model = "../x"', "max_pixel = 1"):
+        assert "options" in complaint(EXL + f"options = {{ {wrong} }}")
 
 
 def test_llamacpp_repo_needs_a_file():

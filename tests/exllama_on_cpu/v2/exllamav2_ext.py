@@ -2,17 +2,21 @@
 
 The library takes a module of this name instead of compiling its own. Formats and
 results follow the extension's sources; speed, rounding and order of operations do
-not. Tensor parallel, mixtures of experts and conversion are left out: they raise
-NotImplementedError with their name. Importing this installs pretend_cuda.py.
+not. The functions that run on the CPU in the original too give the same results. Paged
+caches, XTC, tensor parallel, mixtures of experts and conversion are left out: they raise
+NotImplementedError. Importing this installs pretend_cuda.py.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from ext_sampling import Candidates, next_random, penalize
 from pretend_cuda import install
 
 install()
@@ -44,7 +48,7 @@ def _given(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 class Matrix:
-    """Dequantized lazily from the tensors that it was made of: weight has shape (inputs, outputs)."""
+    """Dequantized when it is made, into memory of the host: weight has shape (inputs, outputs)."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
@@ -54,7 +58,7 @@ def dequantize_exl2(
     q_weight: torch.Tensor, q_perm: torch.Tensor | None, q_scale: torch.Tensor, q_scale_max: torch.Tensor,
     q_groups: torch.Tensor, inputs: int,
 ) -> torch.Tensor:  # fmt: skip
-    """EXL2 as facts and q_matrix.cu describe it; q_scale_max is already divided by 256. Returns float32."""
+    """EXL2 as q_matrix.cu reads it; q_scale_max is already divided by 256. Returns float32."""
     words = q_weight.numpy().view(np.uint32)
     columns = words.shape[1]
     groups = q_groups.numpy().view(np.uint16).reshape(-1, 2).astype(np.int64)
@@ -96,6 +100,8 @@ def make_q_matrix(
     else:
         weight = dequantize_gptq(q_weight, gptq_qzeros, gptq_scales, _given(gptq_g_idx))
     assert temp_dq.numel() >= weight.shape[1] * min(max_dq_rows, weight.shape[0]), "Insufficient size of temp_dq buffer"
+    # The kernels reorder the bits in place, so the same tensors can be used once; without this a test would not see it.
+    q_weight.bitwise_not_()
     return _keep(Matrix(weight, _given(bias)))
 
 
@@ -178,8 +184,8 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: tor
 
 
 def _layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float) -> torch.Tensor:
-    given = None if bias is None else bias.float()
-    return torch.nn.functional.layer_norm(x.float(), (x.shape[-1],), weight.float(), given, epsilon)
+    out = torch.nn.functional.layer_norm(x.float(), (x.shape[-1],), eps=epsilon) * weight.float()
+    return out if bias is None else out + bias.float()
 
 
 def head_norm(
@@ -202,7 +208,7 @@ def rope_(
     given = _given(offsets)
     sin, cos = sin.reshape(-1, width).float(), cos.reshape(-1, width).float()
     for batch in range(view.shape[0]):
-        start = past_len + (int(given.flatten()[batch]) if given is not None else 0)
+        start = (0 if past_len == -1 else past_len) + (int(given.flatten()[batch]) if given is not None else 0)
         # Positions before the start of the text are held at 0, as the kernel does.
         place = torch.arange(start, start + view.shape[1]).clamp(min=0)
         s, c = sin[place][:, None, :], cos[place][:, None, :]
@@ -261,7 +267,11 @@ def _normed(layer: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
 
 
 def _post(layer: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    return x if layer["post_norm"] is None else _rms(x.half(), layer["post_norm"], layer["eps"])
+    if layer["post_norm"] is None:
+        return x
+    if layer["is_rms"]:
+        return _rms(x.half(), layer["post_norm"], layer["eps"])
+    return _layer(x.half(), layer["post_norm"], layer["post_bias"], layer["eps"])
 
 
 def q_attn_forward_1(
@@ -275,7 +285,8 @@ def q_attn_forward_1(
     for target, heads, norm in ((q, layer["heads"], "q_norm"), (k, layer["kv_heads"], "k_norm")):
         view = target.view(batch, q_len, heads, layer["head_dim"])
         if layer[norm] is not None:
-            view.copy_(_rms(view, layer[norm].view(-1, layer["head_dim"])[0], layer["eps"]))
+            each = _rms if layer["head_rms"] else functools.partial(_layer, bias=None)
+            view.copy_(each(view, layer[norm].view(-1, layer["head_dim"]), epsilon=layer["eps"]))
         if layer["rope_style"]:
             rope_(view, sin, cos, past_len, heads, layer["head_dim"], past_lens, layer["rope_style"] == 2)
 
@@ -348,45 +359,79 @@ def q_mlp_set_loras(handle: int, *tables: Any) -> int:
 CACHE_BITS = {4: (4, 4), 6: (8, 4), 8: (8, 8)}
 
 
-def _rounded(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of 32 values: whole numbers, and a scale for each block, as the kernels keep them (without rotation)."""
-    blocks = values.float().reshape(*values.shape[:-1], -1, 32)
-    most = (1 << (bits - 1)) - 1
-    scale = (blocks.abs().amax(-1, keepdim=True) / most).clamp(min=1e-6).half().float()
-    return torch.round(blocks / scale).clamp(-most - 1, most), scale
+Q_BLOCK = 512  # values that one block of the kernel takes together
+
+
+def _rotated(pairs: torch.Tensor) -> torch.Tensor:
+    """The kernel's Hadamard transform over 32 threads of two values each, without its scale. Shape (..., 32, 2)."""
+    for step in (1, 2, 4, 8, 16):
+        halves = pairs.unflatten(-2, (-1, 2, step))
+        a, b = halves[..., 0, :, :], halves[..., 1, :, :]
+        pairs = torch.stack((a + b, a - b), -3).flatten(-4, -2)
+    return pairs
+
+
+def _pack(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """FP16 values in blocks of 512 -> bytes and the FP16 scale of every 32, as fp16_to_q in cache_q.cuh."""
+    turned = _rotated(values.view(-1, 32, 2)).view(-1, 32)
+    half = 1 << (bits - 1)
+    most = turned.abs().amax(-1, keepdim=True)
+    numbers = (turned / most).float().mul(half).add(half).half().float().nan_to_num(0).round()
+    numbers = numbers.clamp(0, 2 * half - 1).to(torch.uint8).flatten()
+    if bits == 4:
+        numbers = numbers[0::2] | (numbers[1::2] << 4)
+    return numbers, (most / half).flatten()
+
+
+def _unpack(raw: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    if bits == 4:
+        raw = torch.stack((raw & 15, raw >> 4), -1).flatten()
+    signed = (raw.short() - (1 << (bits - 1))).half().view(-1, 32) * scales.view(-1, 1)
+    return (_rotated(signed.view(-1, 32, 2)) * (1 / 32)).flatten()
+
+
+def _range(shape: torch.Size, offset: int, width: int) -> tuple[int, int]:
+    """First and last value of each row of a batch: whole blocks, so more tokens than asked for with narrow models."""
+    dim = shape[2] * shape[3]
+    while (offset * dim) % Q_BLOCK:
+        offset -= 1
+    while (width * dim) % Q_BLOCK:
+        width += 1
+    return offset * dim, (offset + width) * dim
+
+
+def _unpaged(page_size: int) -> None:
+    if page_size:
+        raise NotImplementedError("the stand-in for ExLlamaV2's extension has no paged cache")
 
 
 def fp16_to_q_kv(
     k_in: Any, k_out: Any, k_scale: Any, v_in: Any, v_out: Any, v_scale: Any, batch: int, offset: int, width: int,
     page_size: int, cache_seqlens: Any, block_table: Any, wbits: int,
 ) -> None:  # fmt: skip
-    assert not page_size, "the stand-in has no paged cache"
+    _unpaged(page_size)
+    first, last = _range(k_in.shape, offset, width)
     for source, target, scales, bits in zip(
         (k_in, v_in), (k_out, v_out), (k_scale, v_scale), CACHE_BITS[wbits], strict=True
     ):
-        part = source[:batch, offset : offset + width]
-        numbers, scale = _rounded(part, bits)
-        flat = numbers.reshape(*part.shape).to(torch.int16)
-        if bits == 4:
-            flat = (flat[..., 0::2] & 15) | ((flat[..., 1::2] & 15) << 4)
-        target[:batch, offset : offset + width] = (flat & 255).to(torch.uint8)
-        scales[:batch, offset : offset + width] = scale.reshape(*part.shape[:-1], -1).half()
+        for row in range(batch):
+            numbers, scale = _pack(source[row].view(-1)[first:last], bits)
+            target[row].view(-1)[first * bits // 8 : last * bits // 8] = numbers
+            scales[row].view(-1)[first // 32 : last // 32] = scale
 
 
 def q_to_fp16_kv(
     k_in: Any, k_out: Any, k_scale: Any, v_in: Any, v_out: Any, v_scale: Any, batch: int, offset: int, width: int,
     page_size: int, cache_seqlens: Any, block_table: Any, wbits: int,
 ) -> None:  # fmt: skip
-    assert not page_size, "the stand-in has no paged cache"
+    _unpaged(page_size)
+    first, last = _range(k_out.shape, offset, width)
     for source, target, scales, bits in zip(
         (k_in, v_in), (k_out, v_out), (k_scale, v_scale), CACHE_BITS[wbits], strict=True
     ):
-        raw = source[:batch, offset : offset + width].to(torch.int16)
-        if bits == 4:
-            raw = torch.stack((raw & 15, raw >> 4), -1).flatten(-2)
-        signed = torch.where(raw >= 1 << (bits - 1), raw - (1 << bits), raw).float()
-        scale = scales[:batch, offset : offset + width].float().repeat_interleave(32, -1)
-        target[:batch, offset : offset + width] = (signed * scale).half()
+        for row in range(batch):
+            raw = source[row].view(-1)[first * bits // 8 : last * bits // 8]
+            target[row].view(-1)[first:last] = _unpack(raw, scales[row].view(-1)[first // 32 : last // 32], bits)
 
 
 # Sampling and text --------------------------------------------------------------------------------
@@ -435,15 +480,8 @@ def apply_rep_penalty(
     sequence: torch.Tensor, penalty: float, sustain: int, decay: int, frequency: float, presence: float,
     logits: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Every token of the last `sustain` counts in full (-1: all); decay is left out."""
-    assert not decay, "the stand-in knows no decay"
     for row in range(sequence.shape[0]):
-        ids = sequence[row] if sustain < 0 else sequence[row, -sustain:]
-        ids, counts = ids[ids < logits.shape[-1]].unique(return_counts=True)
-        flat = logits[row].view(-1)
-        values = flat[ids]
-        values = torch.where(values > 0, values / penalty, values * penalty)
-        flat[ids] = values - presence - frequency * counts
+        penalize(logits[row].view(-1).numpy(), sequence[row].tolist(), penalty, sustain, decay, frequency, presence)
 
 
 def sample_basic(
@@ -453,38 +491,62 @@ def sample_basic(
     mirostat_eta: float, post_temperature: float, xtc_mask: Any, xtc_probability: float, xtc_threshold: float,
     min_temp: float, max_temp: float, temp_exponent: float, smoothing: float, skew: float,
 ) -> list[float]:  # fmt: skip
-    for value, name in (
-        (top_a, "top_a"), (mirostat, "mirostat"), (xtc_probability, "xtc"), (max_temp, "max_temp"), (skew, "skew"),
-        (smoothing, "smoothing"), (0 < tfs < 1, "tfs"), (0 < typical < 1, "typical"),
-    ):  # fmt: skip
-        assert not value, f"the stand-in has no {name}"
+    if xtc_probability > 0:
+        raise NotImplementedError("the stand-in for ExLlamaV2's extension has no XTC")
+    mu, kept = list(mirostat_mu), _given(logit_filter)
+    if temperature < 0.01:
+        temperature, top_k = 1.0, 1
     for row in range(logits.shape[0]):
-        values = logits[row].view(-1).float().clone()
-        kept = _given(logit_filter)
-        if kept is not None:
-            values[~kept[row].view(-1)] = float("-inf")
-        if temperature < 0.01:
-            top_k, temperature = 1, 1.0
-        probs = torch.softmax(values / temperature, -1)
-        order = torch.argsort(probs, descending=True, stable=True)
-        probs = probs[order]
-        count = min(top_k, len(order)) if top_k > 0 else len(order)
-        probs, order = _renormed(probs[:count]), order[:count]
-        if 0 < top_p < 1:
-            inside = int((probs.cumsum(-1) < top_p).sum()) + 1
-            probs, order = _renormed(probs[:inside]), order[:inside]
-        if 0 < min_p < 1:
-            inside = max(1, int((probs >= probs[0] * min_p).sum()))
-            probs, order = _renormed(probs[:inside]), order[:inside]
-        place = min(int((probs.cumsum(-1) <= random).sum()), len(order) - 1)
-        output_tokens[row, 0], output_probs[row, 0] = order[place], probs[place]
+        temperature = temperature / smoothing if smoothing > 0 else temperature
+        values = logits[row].view(-1).numpy()
+        allowed = None if kept is None else kept[row].view(-1).numpy()
+        left = Candidates(values, allowed, temperature, 2.0 if smoothing > 0 else 1.0)
+        left.top_k(top_k)
+        left.top_p(top_p)
+        left.top_a(top_a)
+        left.min_p(min_p)
+        left.tail_free(tfs)
+        left.typical(typical)
+        if mirostat:
+            left.mirostat(mu[row], mirostat_tau)
+        left.reshape(post_temperature, min_temp, max_temp, temp_exponent)
         if _given(output_ktokens) is not None:
-            wide = min(output_ktokens.shape[-1], len(order))
-            output_ktokens[row, 0, :wide], output_kprobs[row, 0, :wide] = order[:wide], probs[:wide]
-    return []
+            left.sort()
+            _most_likely(left, output_ktokens[row, 0], output_kprobs[row, 0])
+        elif skew:
+            left.sort()
+        token, prob = left.pick((random ** np.exp(-skew) if skew else random) * 0.9998)
+        output_tokens[row, 0], output_probs[row, 0] = token, prob
+        if mirostat:
+            mu[row] = (mu[row] or 2 * mirostat_tau) + mirostat_eta * (mirostat_tau + float(np.log2(prob)))
+        if logits.shape[0] > 1:
+            random = next_random(random)
+    return mu
 
 
-def _renormed(probs: torch.Tensor) -> torch.Tensor:
-    return probs / probs.sum()
+def _most_likely(left: Candidates, tokens: torch.Tensor, probs: torch.Tensor) -> None:
+    """The most likely candidates; where there are too few, other tokens with probability 0."""
+    wide = min(len(tokens), int((left.probs > 0).sum()))
+    taken = set(left.tokens.tolist())
+    others = (token for token in itertools.count() if token not in taken)
+    for place in range(len(tokens)):
+        tokens[place] = int(left.tokens[place]) if place < wide else next(others)
+        probs[place] = float(left.probs[place]) if place < wide else 0.0
 
 
+def _uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels have no memory of their own, so what their stand-ins make on the way does not count as the card's."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return function(*args)
+
+    return call
+
+
+# Also the functions here that call one another then find the wrapped ones, which changes nothing.
+for _name, _function in list(globals().items()):
+    own = getattr(_function, "__module__", "") == __name__ and not isinstance(_function, type)
+    if own and not _name.startswith("_"):
+        globals()[_name] = _uncounted(_function)
