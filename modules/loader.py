@@ -31,7 +31,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, TurntableError
+from modules.errors import (
+    DoesNotFit,
+    EngineCrashed,
+    EngineMissing,
+    LoadError,
+    LoadTimedOut,
+    ModelFilesError,
+    TurntableError,
+)
 from modules.messages import EngineSpec, Loading, Queued
 from modules.process import EngineKind, EngineProcess, Limits
 
@@ -310,6 +318,7 @@ class Loader:
             process = EngineProcess(kind, self._limits, self._on_exit)
         with self._see:
             self._starting = process
+        ready = None
         try:
             if ticket.cancelled.is_set() and spec == ticket.spec:
                 raise LeaseCancelled
@@ -317,7 +326,11 @@ class Loader:
             process.ping()
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
-            process.stop()
+            if ready is None and self._is_clean(process, error):
+                with self._see:
+                    self._idle[kind.name] = process
+            else:
+                process.stop()
             if ticket.cancelled.is_set() and spec == ticket.spec:
                 raise LeaseCancelled from error
             if isinstance(error, EngineCrashed):
@@ -337,6 +350,16 @@ class Loader:
             self._touch(resident)
         self._on_change()
         return resident
+
+    def _is_clean(self, process: EngineProcess, error: Exception) -> bool:
+        """After a load that was refused: may the child take the next model? It must be well and hold no memory."""
+        refused = isinstance(error, LoadError | ModelFilesError) and not isinstance(error, EngineCrashed | LoadTimedOut)
+        if not (process.kind.keeps_process and refused and process.alive):
+            return False
+        try:
+            return process.measure() <= LEFTOVER_BYTES
+        except TurntableError:
+            return False
 
     def _restore(self, ticket: _Ticket, victim: _Resident) -> None:
         """Bring back what had to go for a load that failed. Its own failure is only logged: the first reason counts."""

@@ -226,3 +226,24 @@ def test_a_model_too_large_for_the_card_is_refused_whatever_the_ram(make_loader,
         pass
     with loader.lease(plan("b"), needs_bytes=130):
         pass
+
+
+def test_a_child_that_refused_a_model_takes_the_next_one(make_loader, plan):
+    loader = make_loader(vram_budget_bytes=150)
+    good = plan("a", "card", bytes=100)
+    with loader.lease(good, needs_bytes=100) as engine:
+        first = engine.pid
+    with pytest.raises(LoadError, match="broken"), loader.lease(
+        plan("b", "card", bytes=0, fault="load_error"), needs_bytes=100
+    ):
+        pass
+    with loader.lease(good, needs_bytes=100) as engine:
+        assert engine.pid == first
+        assert say(engine) == 3
+    # One that keeps memory after a refusal is replaced.
+    with pytest.raises(LoadError, match="broken"), loader.lease(
+        plan("c", "card", bytes=1 << 30, fault="load_error"), needs_bytes=100
+    ):
+        pass
+    with loader.lease(good, needs_bytes=100) as engine:
+        assert engine.pid != first
