@@ -1,4 +1,4 @@
-"""`python -m benchmarks stream|swap|start|page|soak|gpu [--json FILE]`: print a table, and write the figures if asked.
+"""`python -m benchmarks stream|swap|start|page|soak|gpu|downloads [--json FILE]`: print a table, and write the figures if asked.
 
 `python -m benchmarks make-model NAME --out DIR` writes a checkpoint with random contents to measure with.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("stream", "swap", "start", "page", "soak", "gpu")
+BENCHMARKS = ("stream", "swap", "start", "page", "soak", "gpu", "downloads")
 
 
 def main() -> int:

@@ -25,20 +25,20 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session
 
 from .errors import (
     AccessDenied,
@@ -302,20 +302,26 @@ class _Hub:
 
     def info(self, ref: Ref) -> Any:
         """The hub's description of the repository at the revision."""
-        with self._foreign(ref):
-            api = self._api()
+        api = HfApi(endpoint=self.endpoint, token=self._token() or False)
+        with self._foreign(ref), self._sense(ref):
             found = api.model_info(
                 ref.repo, revision=ref.revision or "main", files_metadata=True, timeout=self._timeout_s
             )
-            if getattr(found, "gated", False):
-                api.auth_check(ref.repo)  # the list of files is public, the files are not: better now than later
-            return found
+        if getattr(found, "gated", False):
+            self._ask(ref, "auth-check")  # the list of files is public, the files are not: better now than later
+        return found
+
+    def _ask(self, ref: Ref, what: str) -> Any:
+        """One more question to the repository's API; the hub library's own functions for these wait for ever."""
+        with self._foreign(ref), self._get(f"{self.endpoint}/api/models/{ref.repo}/{what}", 0) as response:
+            self._check(ref, response, "")
+            return response.read()
 
     def branches(self, ref: Ref) -> list[str]:
         """The names of the branches; a help in a message only, so without them when they cannot be had."""
         try:
-            with self._foreign(ref):
-                return [branch.name for branch in self._api().list_repo_refs(ref.repo).branches]
+            with self._sense(ref):
+                return [str(branch["name"]) for branch in json.loads(self._ask(ref, "refs"))["branches"]]
         except (TurntableError, _Transient):
             return []
 
@@ -336,8 +342,10 @@ class _Hub:
         # The token is for the hub; a redirect leads to a storage host, whose address carries its own permission.
         parts = urlsplit(url)
         token = self._token() if (parts.scheme, parts.netloc) == self._origin else None
-        headers = build_hf_headers(token=token or False)
-        headers["accept-encoding"] = "identity"  # positions and hashes count the file's own bytes
+        # Positions and hashes count the file's own bytes, so nothing may be compressed on the way.
+        headers = {"user-agent": "turntable", "accept-encoding": "identity"}
+        if token:
+            headers["authorization"] = f"Bearer {token}"
         if start:
             headers["range"] = f"bytes={start}-"
         session: Any = get_session()
@@ -349,9 +357,6 @@ class _Hub:
         if parts.scheme == "https" or (self._plain and parts.scheme == "http" and parts.hostname in _LOOPBACK):
             return target
         raise SourceUnreachable(f"The hub redirects to {parts.scheme}://{parts.hostname}, which is not encrypted.")
-
-    def _api(self) -> HfApi:
-        return HfApi(endpoint=self.endpoint, token=self._token() or False)
 
     @contextlib.contextmanager
     def _foreign(self, ref: Ref, name: str = "") -> Iterator[None]:
@@ -365,6 +370,14 @@ class _Hub:
             raise SourceUnreachable("The hub library is told to work offline.", hint=hint) from None
         except _TransportError as error:
             raise _Transient(_why(error, urlsplit(self.endpoint).hostname or "the hub")) from None
+
+    @contextlib.contextmanager
+    def _sense(self, ref: Ref) -> Iterator[None]:
+        """Around what takes the hub's JSON apart: another server's page is no bug of ours."""
+        try:
+            yield
+        except HfHubHTTPError:  # also a ValueError for some statuses
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             log.debug("the hub's answer for %s: %r", ref.title, error)
             host = urlsplit(self.endpoint).hostname
@@ -698,6 +711,7 @@ class _Fetch:
             self._synced = mark.get("synced", 0) if type(mark.get("synced", 0)) is int else 0
             if mark.get("boot", "") != self._boot or size_bytes > self._entry.size_bytes:
                 size_bytes = min(size_bytes, self._synced, self._entry.size_bytes)
+            if size_bytes < os.fstat(out.fileno()).st_size:
                 out.truncate(size_bytes)
             self._synced = min(self._synced, size_bytes)
             self._save_mark()
@@ -759,3 +773,736 @@ class _Fetch:
     def _save_mark(self) -> None:
         # Not forced to the disk: an older mark only gives up more than it must.
         _write_json(self._mark, {"synced": self._synced, "boot": self._boot}, sync=False)
+
+
+# One job -------------------------------------------------------------------------------------------
+
+
+class _Job:
+    """The numbers and the intentions of one download. Its files and threads are the business of Downloads."""
+
+    def __init__(self, ref: Ref, home: Path, target: Path, changed: Callable[[_Job], None]) -> None:
+        self.ref, self.home, self.target = ref, home, target
+        self.staged = home / "files"
+        self.stop = threading.Event()
+        self.cancelled = self.rest = False  # what the person wants; stop is also set when a file fails
+        self.resting = True  # no thread is at work
+        self.state = "queued"
+        self.error: dict[str, Any] | None = None
+        self.plan: Plan | None = None
+        self.thread: threading.Thread | None = None
+        self.check_reserve: Callable[[], None] = lambda: None
+        self._changed = changed
+        self._guard = threading.Lock()
+        self._note = ""
+        self._have: dict[str, int] = {}
+        self._received = 0
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()
+        self._told = 0.0
+        self._sockets: set[Any] = set()
+
+    def enter(self, state: str) -> None:
+        """A new state: tell everybody at once."""
+        with self._guard:
+            self.state, self._note = state, ""
+            self._samples.clear()
+        self._changed(self)
+
+    def note(self, sentence: str) -> None:
+        """What the job waits for; empty when it goes on."""
+        with self._guard:
+            self._note = sentence
+        self._changed(self)
+
+    def arrived(self, name: str, have_bytes: int, *, received: int = 0) -> None:
+        """A file has so many bytes now, of which so many have just come over the network."""
+        now = time.monotonic()
+        with self._guard:
+            self._have[name] = have_bytes
+            self._received += received
+            tell = now - self._told >= _NOTIFY_EVERY_S
+            if tell:
+                self._told = now
+                self._samples.append((now, self._received))
+                while now - self._samples[0][0] > _SPEED_WINDOW_S:
+                    self._samples.popleft()
+        if tell:
+            self._changed(self)
+
+    def left_bytes(self) -> int:
+        """What is still to be written to the disk."""
+        plan = self.plan
+        with self._guard:
+            return plan.size_bytes - sum(self._have.values()) if plan else 0
+
+    @contextlib.contextmanager
+    def reading(self, response: Any) -> Iterator[None]:
+        """While the response is read, interrupt() can end a read that waits for a silent server."""
+        stream = response.extensions.get("network_stream")
+        sock = stream.get_extra_info("socket") if stream else None
+        with self._guard:
+            self._sockets.add(sock)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._sockets.discard(sock)
+
+    def interrupt(self) -> None:
+        """Make the job's threads stop soon."""
+        self.stop.set()
+        with self._guard:
+            for sock in self._sockets:
+                with contextlib.suppress(OSError, AttributeError):
+                    # Not SSLSocket's own shutdown, which takes the encryption away from under the reading thread.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    def view(self) -> JobView:
+        """The job now."""
+        with self._guard:
+            plan, have = self.plan, dict(self._have)
+            total = plan.size_bytes if plan else 0
+            done = total if self.state == "done" else sum(have.values())
+            speed = self._speed() if self.state == "downloading" else 0.0
+            entries = plan.entries if plan else ()
+            finished = sum(have.get(entry.name, -1) == entry.size_bytes for entry in entries)
+            return JobView(
+                self.ref.id, self.ref.repo, self.ref.revision, self.ref.file, str(self.target), self.state, done, total,
+                speed, (total - done) / speed if speed else None,
+                len(entries) if self.state == "done" else finished, len(entries), self._note, self.error,
+            )  # fmt: skip
+
+    def _speed(self) -> float:
+        """The mean of the last seconds, also when nothing has come since the last sample."""
+        if len(self._samples) < 2:
+            return 0.0
+        begin, first = self._samples[0]
+        return (self._received - first) / max(time.monotonic() - begin, 1e-6)
+
+
+# The journal ----------------------------------------------------------------------------------------
+
+
+def _save_journal(job: _Job, state: str) -> None:
+    plan = job.plan
+    job.home.mkdir(parents=True, exist_ok=True)
+    _write_json(job.home / "job.json", {
+        "version": 1, "state": state, "error": job.error, "ref": asdict(job.ref),
+        "commit": plan.commit if plan else "",
+        "entries": [asdict(entry) for entry in plan.entries] if plan else [],
+    })  # fmt: skip
+
+
+def _load_plan(table: dict[str, Any], ref: Ref, folder: Path) -> Plan | None:
+    """The plan in a journal, checked like the hub's own answer; None where it has none yet."""
+    try:
+        entries = _checked(ref, (Entry(**entry) for entry in table["entries"]))
+    except (KeyError, TypeError, TurntableError):
+        return None
+    return Plan(ref, str(table.get("commit", "")), folder, entries) if entries else None
+
+
+# Publication ----------------------------------------------------------------------------------------
+
+
+def _publish(job: _Job, plan: Plan) -> None:
+    """Put the staged files under the model's name. Safe to be killed anywhere, and to be called again after that.
+
+    A folder of safetensors is swapped as a whole. Into a folder of GGUF files, which
+    may hold other models in use, the parts are moved one by one; the library takes
+    a model for present only when every part and the projector are.
+    """
+    target, staged, old = job.target, job.staged, job.home / "old"
+    if staged.is_dir():
+        if target.is_dir() and plan.ref.file:
+            for entry in plan.entries:
+                if (staged / entry.name).exists():
+                    os.replace(staged / entry.name, target / entry.name)
+            _sync_folder(target)
+            _write_manifest(target, plan)
+        else:
+            _write_manifest(staged, plan)
+            _sync_folder(staged)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(staged, target)
+            _sync_folder(target.parent)
+    if old.is_dir():
+        _clear(old, target, plan)
+
+
+def _write_manifest(folder: Path, plan: Plan) -> None:
+    files = read_manifest(folder) if plan.ref.file else {}
+    where = {"repo": plan.ref.repo, "revision": plan.ref.revision or "main", "commit": plan.commit}
+    for entry in plan.entries:
+        shown = asdict(entry)
+        name = shown.pop("name")
+        files[name] = {**shown, **where}
+    _write_json(folder / MANIFEST, {"version": 1, "files": files})
+
+
+def _clear(old: Path, target: Path, plan: Plan) -> None:
+    """Delete what was replaced. Files of the person's own among it are kept beside the model."""
+    names = {entry.name for entry in plan.entries} | read_manifest(old).keys() | {MANIFEST}
+    for name in names:
+        if "/" not in name and "\\" not in name and name not in (".", ".."):
+            (old / name).unlink(missing_ok=True)
+    try:
+        old.rmdir()
+    except OSError:
+        number = 1
+        while (kept := target.with_name(f"{target.name}.replaced-{number}")).exists():
+            number += 1
+        os.rename(old, kept)
+
+
+# All jobs -------------------------------------------------------------------------------------------
+
+
+class Downloads:
+    """The jobs of one models folder. Thread-safe; they belong to the server and outlive every page.
+
+    on_change gets a job's view at every change of state and a few times a second
+    while bytes arrive, on the job's thread, and must return quickly.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        endpoint: str = "",
+        token: Callable[[], str | None] = get_token,
+        options: Options | None = None,
+        on_change: Callable[[JobView], None] | None = None,
+    ) -> None:
+        self._library, self._options = library, options or Options()
+        self._hub = _Hub(endpoint, token, self._options.timeout_s)
+        self._on_change = on_change
+        self._home = library.models_dir / PARTIAL
+        self._jobs: dict[str, _Job] = {}
+        self._turn = threading.Condition()
+        self._active: set[_Job] = set()
+        self._closed = False
+        self._recover()
+
+    # What people ask for ------------------------------------------------------------------
+
+    def plan(self, ref: Ref) -> Plan:
+        """What the download takes, from the hub; nothing is written. Raises a DownloadError or ModelFilesUnsafe."""
+        return self._ask_hub(ref, _Patience(threading.Event(), self._options, lambda sentence: None))
+
+    def read_json(self, plan: Plan, name: str) -> dict[str, Any]:
+        """One small JSON file of the plan, checked against its hash, such as config.json."""
+        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
+        return self._small_json(plan, next(entry for entry in plan.entries if entry.name == name), patience)
+
+    def start(self, ref: Ref) -> JobView:
+        """Begin or go on; the same ref is the same job. Errors come in the view, when they are known."""
+        with self._turn:
+            job = before = self._jobs.get(ref.id)
+            if job is None or job.cancelled:
+                job = _Job(ref, self._home / ref.id, self._library.folder(ref.variant()), self._tell)
+                self._jobs[ref.id] = job
+            elif job.state in RUNNING and not job.rest and not job.resting:
+                return job.view()
+            self._spawn(job, before.thread if before else None)
+            return job.view()
+
+    def resume(self, job_id: str) -> JobView:
+        """Go on with a job that is paused or failed."""
+        return self.start(self._job(job_id).ref)
+
+    def pause(self, job_id: str) -> None:
+        """Stop soon, at the latest when a server that has not begun to answer is given up; what has arrived is kept."""
+        job = self._job(job_id)
+        with self._turn:
+            job.rest = True
+            job.interrupt()
+            self._turn.notify_all()
+
+    def cancel(self, job_id: str) -> None:
+        """Stop and delete what has arrived. What was published stays."""
+        job = self._job(job_id)
+        with self._turn:
+            job.cancelled = job.rest = True
+            resting = job.resting
+            job.interrupt()
+            self._turn.notify_all()
+        if resting:
+            self._discard(job)
+
+    def jobs(self) -> list[JobView]:
+        """All the jobs, oldest first."""
+        with self._turn:
+            found = list(self._jobs.values())
+        return [job.view() for job in found]
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> JobView:
+        """Wait until the job rests, at most so long."""
+        job = self._job(job_id)
+        if job.thread is not None:
+            job.thread.join(timeout_s)
+        return job.view()
+
+    def close(self, grace_s: float = 5.0) -> None:
+        """Pause everything and wait until the files are closed. The jobs are there again at the next start."""
+        with self._turn:
+            self._closed = True
+            found = list(self._jobs.values())
+            for job in found:
+                job.rest = True
+                job.interrupt()
+            self._turn.notify_all()
+        deadline = time.monotonic() + grace_s
+        for job in found:
+            if job.thread is not None:
+                job.thread.join(max(0.0, deadline - time.monotonic()))
+
+    def save_token(self, token: str) -> None:
+        """Check a token with the hub and keep it where the hub library keeps it. Raises AccessDenied."""
+        try:
+            huggingface_hub.login(token=token, skip_if_logged_in=False)
+        except (HfHubHTTPError, ValueError):
+            hint = "Make a new one with the right to read on the hub's page, under Settings, Access Tokens."
+            raise AccessDenied("The hub does not accept this token.", hint=hint) from None
+        except (_TransportError, OfflineModeIsEnabled):
+            raise SourceUnreachable("The hub cannot be reached, so the token could not be checked.") from None
+
+    # Threads --------------------------------------------------------------------------------
+
+    def _job(self, job_id: str) -> _Job:
+        with self._turn:
+            if job_id not in self._jobs:
+                raise SourceNotFound("This download is gone.", hint="Start it again.")
+            return self._jobs[job_id]
+
+    def _spawn(self, job: _Job, before: threading.Thread | None) -> None:
+        if self._closed:
+            raise DownloadError("Turntable is ending.", hint="Start it again; the downloads are kept.")
+        job.rest = job.resting = False
+        job.state, job.error = "queued", None
+        name = f"download-{job.ref.id}"
+        job.thread = threading.Thread(target=self._run, args=(job, before), name=name, daemon=True)
+        job.thread.start()
+
+    def _tell(self, job: _Job) -> None:
+        if self._on_change is None:
+            return
+        try:
+            self._on_change(job.view())
+        except Exception:  # a listener's bug must not end a download
+            log.exception("a listener of the downloads failed")
+
+    def _run(self, job: _Job, before: threading.Thread | None) -> None:
+        """The job's thread, from the queue to its rest."""
+        if before is not None:
+            before.join()  # it was paused a moment ago and still closes its files
+        with self._turn:
+            if not job.rest:
+                job.stop.clear()
+        job.enter("queued")
+        state = "paused"
+        try:
+            with self._place(job):
+                state = self._attempt(job)
+        except _Stopped:
+            pass
+        with self._turn:
+            job.resting = True
+            cancelled = job.cancelled
+        if cancelled:
+            self._discard(job)
+        else:
+            job.enter(state)
+
+    @contextlib.contextmanager
+    def _place(self, job: _Job) -> Iterator[None]:
+        """Wait for a place among those that run, and for any other job into the same folder."""
+        with self._turn:
+            while len(self._active) >= self._options.jobs_at_once or any(
+                other.target == job.target for other in self._active
+            ):
+                self._turn.wait()
+                if job.stop.is_set():
+                    raise _Stopped
+            if job.stop.is_set():
+                raise _Stopped
+            self._active.add(job)
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._active.discard(job)
+                self._turn.notify_all()
+
+    def _attempt(self, job: _Job) -> str:
+        """Do the work under the job's lock; the state in which the job rests."""
+        try:
+            lock = _Lock(self._home / f"{job.ref.id}.lock")
+        except _Busy:
+            error = DownloadError(
+                f"{job.ref.title} is being downloaded by another Turntable.", hint="Wait until it has finished."
+            )
+            job.error = error.to_wire()
+            return "failed"
+        except OSError as error:
+            job.error = self._disk_error(error).to_wire()
+            return "failed"
+        state = "paused"
+        try:
+            self._work(job)
+            state = "done"
+        except TurntableError as error:
+            job.error, state = error.to_wire(), "failed"
+        except OSError as error:
+            job.error, state = self._disk_error(error).to_wire(), "failed"
+        except _Stopped:
+            pass
+        except Exception as error:
+            log.exception("the download of %s failed", job.ref.title)
+            job.error, state = DownloadError(f"The download broke: {type(error).__name__}.").to_wire(), "failed"
+        finally:
+            if state == "done":
+                shutil.rmtree(job.home, ignore_errors=True)  # what stays is deleted at the next start
+            elif job.home.is_dir() and not job.cancelled:
+                with contextlib.suppress(OSError):  # a full disk; the journal that is there still names the ref
+                    _save_journal(job, state)
+            lock.release(delete=state == "done")
+        return state
+
+    def _disk_error(self, error: OSError) -> TurntableError:
+        name = Path(error.filename).name if isinstance(error.filename, str) else "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NotEnoughDisk(f"The disk with {self._library.models_dir} is full.")
+        if error.errno == errno.EFBIG:
+            hint = "Choose a folder on another disk with --models-dir; FAT disks end at 4 GB a file."
+            return NotEnoughDisk("The disk does not take files of this size.", hint=hint)
+        hint = "Look at the rights of the models folder, and unload the model if it is in use."
+        return DownloadError(f"{name} cannot be written: {error.strerror or error}.", hint=hint)
+
+    # The work -------------------------------------------------------------------------------
+
+    def _work(self, job: _Job) -> None:
+        # Another server may have finished it since, or have come further than we know.
+        journal = _read_json(job.home / "job.json")
+        plan = _load_plan(journal, job.ref, job.target)
+        if plan is not None and journal.get("state") == "publishing":
+            job.plan = plan
+        else:
+            plan, todo = self._prepare(job, plan)
+            self._fetch_all(job, plan, todo)
+            self._check_headers(job, plan)
+        _save_journal(job, "publishing")
+        job.enter("publishing")
+        lock = _Lock(self._home / "publish.lock", wait=True)
+        try:
+            _publish(job, plan)
+        finally:
+            lock.release()
+
+    def _prepare(self, job: _Job, plan: Plan | None) -> tuple[Plan, list[Entry]]:
+        """Plan where there is none, take what is on this machine already; the plan, and what is to be fetched."""
+        job.enter("planning")
+        plan = plan or self._ask_hub(job.ref, _Patience(job.stop, self._options, job.note))
+        job.plan = plan
+        self._refuse_foreign(job, plan)
+        job.staged.mkdir(parents=True, exist_ok=True)
+        _save_journal(job, "running")
+        job.enter("checking")
+        return plan, [entry for entry in plan.entries if not self._adopt(job, plan, entry)]
+
+    def _ask_hub(self, ref: Ref, patience: _Patience) -> Plan:
+        info = patience.call(lambda: self._hub.info(ref))
+        if not _COMMIT.fullmatch(str(info.sha or "")):
+            raise SourceUnreachable(f"The hub names no commit for {ref.title}.")
+        found = _entries(ref, info)
+        folder = self._library.folder(ref.variant())
+        if ref.file:
+            return Plan(ref, info.sha, folder, _checked(ref, _gguf_entries(ref, found)))
+        self._refuse_empty(ref, found)
+        indexed = None
+        if _INDEX in found:
+            (entry,) = _checked(ref, [found[_INDEX]])
+            table = self._small_json(Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
+            indexed = {str(name) for name in table.values()} if isinstance(table, dict) else set()
+        return Plan(ref, info.sha, folder, _checked(ref, _folder_entries(ref, found, indexed)))
+
+    def _refuse_empty(self, ref: Ref, found: dict[str, Entry]) -> None:
+        """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
+        if not any(name.endswith(".safetensors") for name in found):
+            pickled = sorted(name for name in found if name.lower().endswith(PICKLES))
+            if pickled:
+                raise ModelFilesUnsafe(f"{ref.title} has its weights in {pickled[0]}, which can run code when opened.")
+            what = ", ".join(sorted(name for name in found if not name.startswith("."))[:4]) or "nothing"
+            raise SourceNotFound(f"{ref.title} holds no weights, only {what}.", hint=self._hub.advice(ref))
+        if "config.json" not in found:
+            raise SourceNotFound(f"{ref.title} has no config.json, so no engine could load it.")
+
+    def _small_json(self, plan: Plan, entry: Entry, patience: _Patience) -> dict[str, Any]:
+        def fetch() -> bytes:
+            raw = b""
+            with self._hub.stream(plan, entry.name, 0) as response:
+                for block in response.iter_raw():
+                    raw += block
+                    if len(raw) > entry.size_bytes:
+                        break
+            if len(raw) < entry.size_bytes:
+                raise _Transient("The hub's answer ended too early.")
+            return raw
+
+        if entry.size_bytes > _MAX_JSON_BYTES:
+            raise SourceUnreachable(f"{entry.name} has {entry.size_bytes} bytes, which is no sensible size.")
+        raw, digest = patience.call(fetch), entry.hasher()
+        digest.update(raw)
+        if digest.hexdigest() != entry.digest:
+            raise HashMismatch(f"{entry.name} is not what the hub announced.")
+        try:
+            table = json.loads(raw)
+        except (ValueError, RecursionError):
+            table = None
+        if not isinstance(table, dict):
+            raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
+        return table
+
+    def _refuse_foreign(self, job: _Job, plan: Plan) -> None:
+        """Two repositories of different owners can have the same name, and so the same folder."""
+        manifest = read_manifest(job.target)
+        for entry in plan.entries:
+            there = manifest.get(entry.name, {})
+            owner = str(there.get("repo", job.ref.repo))
+            if owner.lower() != job.ref.repo.lower() and there.get("digest") != entry.digest:
+                raise DownloadError(
+                    f"{job.target} already holds {entry.name} of {owner}.",
+                    hint="Move that folder away, or use it through a preset that names its path.",
+                )
+
+    def _adopt(self, job: _Job, plan: Plan, entry: Entry) -> bool:
+        """Take a file that an earlier run finished, that lies in the folder already, or in the hub library's cache."""
+        staged, placed = job.staged / entry.name, job.target / entry.name
+        if staged.is_file() and staged.stat().st_size == entry.size_bytes:
+            pass  # it got its name only after its hash was right
+        elif _is(placed, entry, job.stop):
+            if not job.ref.file:
+                _link(placed, staged)
+        elif (cached := self._cached(plan, entry)) is not None and _is(cached, entry, job.stop):
+            _link(cached.resolve(), staged)
+        else:
+            return False
+        job.arrived(entry.name, entry.size_bytes)
+        return True
+
+    def _cached(self, plan: Plan, entry: Entry) -> Path | None:
+        cache = self._options.cache_dir or constants.HF_HUB_CACHE
+        found = try_to_load_from_cache(plan.ref.repo, entry.name, cache_dir=cache, revision=plan.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def _fetch_all(self, job: _Job, plan: Plan, missing: Sequence[Entry]) -> None:
+        """Several files at once, the largest first, until all are there or one fails."""
+        todo = collections.deque(sorted(missing, key=lambda entry: entry.size_bytes, reverse=True))
+        self._count_parts(job, todo)
+        self._check_disk(job)
+        job.check_reserve = self._check_reserve
+        job.enter("downloading")
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            while not failures and not job.stop.is_set():
+                try:
+                    entry = todo.popleft()
+                except IndexError:
+                    return
+                try:
+                    _Fetch(job, plan, entry, self._hub, self._options).run()
+                except BaseException as error:
+                    failures.append(error)
+                    job.interrupt()  # the other files stop too; what they have is kept
+
+        count = min(self._options.connections, len(todo))
+        threads = [threading.Thread(target=work, name=f"fetch-{job.ref.id}-{n}", daemon=True) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        real = [error for error in failures if not isinstance(error, _Stopped)]
+        if real:
+            raise real[0]
+        if job.stop.is_set():
+            raise _Stopped
+
+    def _count_parts(self, job: _Job, todo: Iterable[Entry]) -> None:
+        for entry in todo:
+            part = job.home / "parts" / (entry.name + ".part")
+            job.arrived(entry.name, min(part.stat().st_size, entry.size_bytes) if part.exists() else 0)
+
+    def _check_disk(self, job: _Job) -> None:
+        with self._turn:
+            others = sum(other.left_bytes() for other in self._active if other is not job)
+        needs, free = job.left_bytes(), self._options.free_bytes(self._library.models_dir)
+        reserve = self._options.reserve_bytes
+        if needs and needs + others + reserve > free:
+            more = f", other downloads {_size(others)}" if others else ""
+            raise NotEnoughDisk(
+                f"{job.ref.title} needs {_size(needs)}{more}, and {_size(reserve)} stay in reserve, "
+                f"but the disk has {_size(free)} free."
+            )
+
+    def _check_reserve(self) -> None:
+        free = self._options.free_bytes(self._library.models_dir)
+        if free < self._options.reserve_bytes:
+            raise NotEnoughDisk(
+                f"The disk has only {_size(free)} left; {_size(self._options.reserve_bytes)} stay in reserve."
+            )
+
+    def _check_headers(self, job: _Job, plan: Plan) -> None:
+        """What the library would refuse is not published."""
+        for entry in plan.entries:
+            staged = job.staged / entry.name
+            if staged.exists() and entry.name.endswith(".gguf"):
+                check_gguf(staged)
+            elif staged.exists() and entry.name.endswith(".safetensors"):
+                check_safetensors(staged)
+
+    # Between two runs of the server -----------------------------------------------------------
+
+    def _discard(self, job: _Job) -> None:
+        """Delete a cancelled job's files, unless another server is at work on them."""
+        try:
+            lock = _Lock(self._home / f"{job.ref.id}.lock")
+        except (_Busy, OSError):
+            log.info("the files of %s are left to another server", job.ref.title)
+        else:
+            if _read_json(job.home / "job.json").get("state") == "publishing" and job.plan is not None:
+                _publish(job, job.plan)  # it is whole, and its folder may be between two names
+            shutil.rmtree(job.home, ignore_errors=True)
+            lock.release(delete=True)
+        with self._turn:
+            if self._jobs.get(job.ref.id) is job:
+                del self._jobs[job.ref.id]
+        job.enter("cancelled")
+
+    def _recover(self) -> None:
+        """List the unfinished jobs as paused, and finish what a crash cut off in the middle of its publication."""
+        for path in sorted(self._home.glob("*/job.json")):
+            table = _read_json(path)
+            try:
+                ref = Ref(**table["ref"])
+            except (KeyError, TypeError, SourceNotFound):
+                log.warning("%s is damaged; delete its folder", path)
+                continue
+            if ref.id == path.parent.name:
+                self._recover_one(ref, table)
+
+    def _recover_one(self, ref: Ref, table: dict[str, Any]) -> None:
+        job = _Job(ref, self._home / ref.id, self._library.folder(ref.variant()), self._tell)
+        try:
+            lock = _Lock(self._home / f"{ref.id}.lock")
+        except (_Busy, OSError):
+            return  # another server has it
+        finished = False
+        try:
+            job.plan = _load_plan(table, ref, job.target)
+            if table.get("state") == "publishing" and job.plan is not None:
+                _publish(job, job.plan)
+                shutil.rmtree(job.home, ignore_errors=True)
+                finished = True
+        except OSError as error:
+            job.error = self._disk_error(error).to_wire()
+        finally:
+            lock.release(delete=finished)
+        if finished:
+            return
+        job.state = "failed" if job.error or table.get("state") == "failed" else "paused"
+        job.error = job.error or (table["error"] if isinstance(table.get("error"), dict) else None)
+        for entry in job.plan.entries if job.plan else ():
+            for file in (job.staged / entry.name, job.home / "parts" / (entry.name + ".part")):
+                if file.is_file():
+                    job.arrived(entry.name, min(file.stat().st_size, entry.size_bytes))
+        self._jobs[ref.id] = job
+
+
+# The terminal ---------------------------------------------------------------------------------------
+
+
+def run_download(downloads: Downloads, ref: Ref, write: Callable[[str], None], *, live: bool = False) -> int:
+    """Download in the foreground: 0 when the model is there, 1 when it failed, 130 after Ctrl+C, which pauses.
+
+    write gets text with its line ends. live says that it is a terminal, where one line is
+    written over and over; else a line comes every ten seconds.
+    """
+    view = downloads.start(ref)
+    shown = 0.0
+    try:
+        while view.state in RUNNING:
+            view = downloads.wait(view.id, 0.2)
+            if live:
+                write("\r\x1b[2K" + progress_line(view))
+            elif time.monotonic() - shown >= 10:
+                shown = time.monotonic()
+                write(progress_line(view) + "\n")
+    except KeyboardInterrupt:
+        downloads.pause(view.id)
+        downloads.wait(view.id, 10)
+        write("\nPaused. The same command goes on where it stopped.\n")
+        return 130
+    write(("\r\x1b[2K" if live else "") + progress_line(view) + "\n")
+    if view.error:
+        error = from_wire(view.error)
+        write(f"{error}\n{error.hint}\n")
+    return 0 if view.state == "done" else 1
+
+
+def progress_line(view: JobView) -> str:
+    """A job on one line: a bar, bytes, speed, time left, or what it waits for."""
+    share = view.done_bytes / view.total_bytes if view.total_bytes else 0.0
+    words = [f"{view.state:11s}", f"[{'#' * int(share * 24):24s}] {share:4.0%}"]
+    if view.total_bytes:
+        words.append(f"{_size(view.done_bytes)} of {_size(view.total_bytes)}")
+        words.append(f"{view.files_done}/{view.files_total} files")
+    if view.speed_bytes_s:
+        words.append(f"{_size(view.speed_bytes_s)}/s")
+    if view.left_s is not None:
+        words.append(f"{_time(view.left_s)} left")
+    if view.state == "done":
+        words.append(view.folder)
+    return "  ".join([*words, view.note] if view.note else words)
+
+
+def print_models(
+    library: Library, variants: Sequence[tuple[str, Variant]], downloads: Downloads, write: Callable[[str], None]
+) -> None:
+    """Every variant with its preset's name: on this machine or not, and how to get it; then the unfinished jobs."""
+    for preset, variant in variants:
+        try:
+            located = library.locate(variant)
+            state = f"ready, {_size(located.size_bytes)}"
+        except TurntableError as error:
+            size = f" ({_size(variant.size_bytes)})" if variant.size_bytes else ""
+            state = {"model_not_downloaded": f"not downloaded{size}"}.get(error.code, str(error))
+        write(f"{preset:12s} {variant.title:44s} {state}\n")
+    for view in downloads.jobs():
+        write(f"{view.repo}@{view.revision or 'main'} {view.file}\n  {progress_line(view)}\n")
+
+
+def print_plan(plan: Plan, write: Callable[[str], None]) -> None:
+    """The files of a download with their sizes."""
+    write(f"{plan.ref.title} at commit {plan.commit[:12]}\n")
+    for entry in plan.entries:
+        write(f"  {_size(entry.size_bytes):>9s}  {entry.name}\n")
+    write(f"  {_size(plan.size_bytes):>9s}  into {plan.folder}\n")
+
+
+def _size(size_bytes: float) -> str:
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size_bytes >= factor:
+            return f"{size_bytes / factor:.2f} {unit}" if unit == "GB" else f"{size_bytes / factor:.1f} {unit}"
+    return f"{size_bytes:.0f} B"
+
+
+def _time(left_s: float) -> str:
+    minutes, seconds = divmod(int(left_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _shown(value: Any) -> str:
+    """A foreign name in a message: short, and on one line."""
+    return json.dumps(value)[:80]

@@ -6,7 +6,8 @@ TurntableError                    code, status, hint
 ├─ ModelFilesError   ModelNotDownloaded 409 · ModelFilesDamaged 409 · ModelFilesUnsafe 422
 ├─ LoadError         EngineMissing 501 · DoesNotFit 507 · EngineCrashed 503 · LoadTimedOut 504
 ├─ GenerateError     ContextTooLong 400 · InvalidRequest 400 · Busy 429 · EngineStuck 504
-├─ DownloadError     SourceNotFound 404 · AccessDenied 403 · NotEnoughDisk 507 · SourceUnreachable 502 · HashMismatch 502
+├─ DownloadError     SourceNotFound 404 · AccessDenied 403 · NotEnoughDisk 507 · SourceUnreachable 502 ·
+│                    HashMismatch 502
 ├─ ImageError        ImageRefused 415 · ImageTooLarge 413 · ImageMissing 400
 ├─ ChatError         ChatNotFound 404 · ChatDamaged 500
 └─ AccessError       Forbidden 403 · WrongHost 421 · TooLarge 413

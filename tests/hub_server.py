@@ -242,6 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         began = time.monotonic()
         with contextlib.suppress(OSError):
             while data:
+                hub.hang()
                 block = data[: min(BLOCK_BYTES, len(data) if cut is None else cut - asked.sent_bytes)]
                 if not block:
                     # A reset, not an orderly end.
@@ -252,7 +253,6 @@ class _Handler(BaseHTTPRequestHandler):
                 asked.sent_bytes += self.connection.send(block)
                 data = memoryview(whole)[start + asked.sent_bytes :]
                 hub.pace(asked.sent_bytes, began)
-                hub.hang()
         return None
 
     def _json(self, table: dict[str, Any]) -> None:
