@@ -24,6 +24,7 @@ from typing import Any
 from modules import settings as settings_module
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
+from modules.downloads import Downloads
 from modules.errors import SettingsError, TurntableError
 from modules.images import Images
 from modules.library import Library
@@ -32,6 +33,7 @@ from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
+from modules.terminal import Asked, Terminal
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
@@ -132,6 +134,20 @@ def _progress_words(event: Loading | Queued) -> str:
     if isinstance(event, Queued):
         return f"waiting, place {event.place}"
     return f"{event.stage} {event.fraction:.0%} of {event.total_bytes / 1e6:.0f} MB"
+
+
+def run_terminal(settings: Settings) -> int:
+    """`download`, `models` and `plan`: what the pages do with models, in the terminal."""
+    library = Library(settings.models_dir, settings.bundled_dir)
+    downloads = Downloads(library)
+    terminal = Terminal(Presets(settings.preset_dirs), library, downloads, lambda text: print(text, end="", flush=True))
+    asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
+    try:
+        if settings.command == "download":
+            return terminal.download(asked, sys.stdout.isatty(), settings.vram_budget_bytes)
+        return terminal.models() if settings.command == "models" else terminal.plan(asked, [])
+    finally:
+        downloads.close()
 
 
 # The server ---------------------------------------------------------------------------
@@ -292,6 +308,8 @@ def main(arguments: list[str]) -> int:
     try:
         settings = settings_module.read(arguments)
         set_up_logging(settings)
+        if settings.command in ("download", "models", "plan"):
+            return run_terminal(settings)
         return ask(settings) if settings.command == "ask" else serve(settings)
     except SettingsError as error:
         print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)

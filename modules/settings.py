@@ -77,6 +77,12 @@ class Settings:
     ask_text: str = ""
     ask_images: tuple[Path, ...] = ()
     ask_json: bool = False
+    what: str = ""
+    file: str = ""
+    projector: str = ""
+    context: int = 0
+    cache: str = ""
+    as_json: bool = False
 
     @property
     def bundled_dir(self) -> Path:
@@ -115,7 +121,33 @@ def parser() -> argparse.ArgumentParser:
         help="Print one object with text, reasoning, counts and timings.",
     )
     _add_settings(ask, top_level=False)
+    _add_model_commands(commands)
     return top
+
+
+def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    download = commands.add_parser(
+        "download", help="Download a preset's model or a repository's.",
+        description="Download the best variant of a preset for this machine, or OWNER/NAME@REVISION. Ctrl-C pauses.",
+    )  # fmt: skip
+    models = commands.add_parser(
+        "models", help="List the models of all presets.",
+        description="List every variant of every preset: on this machine or not, its size, and downloads under way.",
+    )  # fmt: skip
+    plan = commands.add_parser(
+        "plan", help="Say what a model takes and whether it fits.",
+        description="Say what a model takes in memory and whether it fits: a preset, a folder, a GGUF file, or "
+        "OWNER/NAME@REVISION by its metadata alone.",
+    )  # fmt: skip
+    for command in (download, plan):
+        command.add_argument("what", metavar="WHAT", help="A preset's name, or OWNER/NAME@REVISION.")
+        command.add_argument("--file", dest="file", default="", metavar="NAME", help="The GGUF file of a repository.")
+        command.add_argument("--projector", dest="projector", default="", metavar="NAME", help="Its projector file.")
+    plan.add_argument("--context", dest="context", type=int, default=0, metavar="N", help="Context size in tokens.")
+    plan.add_argument("--cache", dest="cache", default="", choices=("FP16", "Q8", "Q6", "Q4"), help="Cache mode.")
+    plan.add_argument("--json", dest="as_json", action="store_true", help="Print one object.")
+    for command in (download, models, plan):
+        _add_settings(command, top_level=False)
 
 
 def _add_settings(to: argparse.ArgumentParser, top_level: bool) -> None:
@@ -165,6 +197,12 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ask_text=getattr(chosen, "ask_text", ""),
         ask_images=tuple(Path(name).absolute() for name in getattr(chosen, "ask_images", ())),
         ask_json=getattr(chosen, "ask_json", False),
+        what=getattr(chosen, "what", ""),
+        file=getattr(chosen, "file", ""),
+        projector=getattr(chosen, "projector", ""),
+        context=getattr(chosen, "context", 0),
+        cache=getattr(chosen, "cache", ""),
+        as_json=getattr(chosen, "as_json", False),
     )
 
 

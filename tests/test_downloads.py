@@ -851,8 +851,9 @@ def test_after_a_power_cut_the_unsynced_end_is_given_up(hub, make, library):
     name = "output-00003-of-00003.safetensors"
     part = library.models_dir / PARTIAL / job / "parts" / f"{name}.part"
     mark = part.with_name(f"{name}.sync")
-    synced = json.loads(mark.read_text())["synced"]
     size = part.stat().st_size
+    # The close may have come just after a sync; an older mark is as true.
+    synced = min(json.loads(mark.read_text())["synced"], size - 4096)
     assert 0 < synced < size
     with part.open("r+b") as file:  # as some file systems leave it: the length is there, the bytes are not
         file.seek(synced)
