@@ -1,4 +1,4 @@
-"""`python -m benchmarks stream|swap|start|page|soak|gpu|downloads [--json FILE]`: print a table, and write the figures if asked.
+"""`python -m benchmarks NAME [--json FILE]`: print a table, and write the figures if asked; --help lists the names.
 
 `python -m benchmarks make-model NAME --out DIR` writes a checkpoint with random contents to measure with.
 """

@@ -52,7 +52,7 @@ def engine_kind(pinned_bytes: int) -> EngineKind:
         return EngineKind("exllamav2", python, keeps_process=True, memory="vram", environment=more)
     from modules.environments import Environments
 
-    kind = Environments(ROOT / ".engines").kind("exllamav2")
+    kind = Environments().kind("exllamav2")
     return dataclasses.replace(kind, environment=(*kind.environment, *more), keeps_process=True, memory="vram")
 
 

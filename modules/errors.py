@@ -4,7 +4,8 @@ TurntableError                    code, status, hint
 ├─ SettingsError     422
 ├─ PresetError       PresetNotFound 404 · PresetInvalid 422
 ├─ ModelFilesError   ModelNotDownloaded 409 · ModelFilesDamaged 409 · ModelFilesUnsafe 422
-├─ LoadError         EngineMissing 501 · DoesNotFit 507 · EngineCrashed 503 · LoadTimedOut 504
+├─ LoadError         EngineMissing 501 · DoesNotFit 507 · EngineCrashed 503 · LoadTimedOut 504 ·
+│                    InstallFailed 500
 ├─ GenerateError     ContextTooLong 400 · InvalidRequest 400 · Busy 429 · EngineStuck 504
 ├─ DownloadError     SourceNotFound 404 · AccessDenied 403 · NotEnoughDisk 507 · SourceUnreachable 502 ·
 │                    HashMismatch 502
@@ -120,6 +121,12 @@ class LoadTimedOut(LoadError):
     """The model was not ready in time."""
 
     code, status, hint = "load_timed_out", 504, "A slow disk needs a higher --load-timeout."
+
+
+class InstallFailed(LoadError):
+    """An engine could not be installed, or its self-test could not be run."""
+
+    code, status, hint = "install_failed", 500, "The log in the engine's folder has the details."
 
 
 class GenerateError(TurntableError):

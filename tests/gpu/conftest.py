@@ -54,7 +54,7 @@ def _installed(name: str, kind: EngineKind) -> EngineKind:
     sys.path.insert(0, str(ROOT))
     from modules.environments import Environments
 
-    found: EngineKind = Environments(ROOT / ".engines").kind(name)
+    found: EngineKind = Environments().kind(name)
     return dataclasses.replace(found, keeps_process=kind.keeps_process, memory=kind.memory)
 
 
