@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import logging.handlers
@@ -25,7 +26,8 @@ from modules import settings as settings_module
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
 from modules.downloads import Downloads
-from modules.errors import SettingsError, TurntableError
+from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, card_bytes
+from modules.errors import InstallFailed, SettingsError, TurntableError
 from modules.images import Images
 from modules.library import Library
 from modules.loader import Loader
@@ -34,6 +36,7 @@ from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
 from modules.terminal import Asked, Terminal
+from modules.ui.system import SystemPage
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
@@ -43,12 +46,25 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None]) -> As
     """The objects without any network."""
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
+    kinds |= engines_for_cards(settings)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
-    loader = Loader(kinds, settings.memory_budget_bytes, limits=limits, on_change=on_change)
+    vram = settings.vram_budget_bytes or card_bytes()
+    loader = Loader(
+        kinds, settings.memory_budget_bytes, vram_budget_bytes=vram, limits=limits, on_change=on_change
+    )
     presets = Presets(settings.preset_dirs, [name for name, _ in settings.extra_engines])
     library = Library(settings.models_dir, settings.bundled_dir)
     images = Images(settings.data_dir / "images")
     return Assistant(presets, library, loader, chats, images, kinds, settings.threads)
+
+
+def engines_for_cards(settings: Settings) -> dict[str, EngineKind]:
+    """The kinds of the ExLlama engines whose environments are installed."""
+    environments = Environments()
+    usable = [found.name for found in map(environments.get, NAMES) if found.usable]
+    pinned = ("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes))
+    kinds = {name: environments.kind(name) for name in usable}
+    return {name: dataclasses.replace(k, environment=(*k.environment, pinned)) for name, k in kinds.items()}
 
 
 def set_up_logging(settings: Settings) -> None:
@@ -150,6 +166,37 @@ def run_terminal(settings: Settings) -> int:
         downloads.close()
 
 
+def run_engines(settings: Settings) -> int:
+    """`engines`: list them, or install, test or remove one, with progress."""
+    environments = Environments()
+    if settings.action == "list":
+        for found in environments.list():
+            versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+            size = f"{found.size_bytes / 1e9:.1f} GB" if found.size_bytes else ""
+            print("  ".join(filter(None, [f"{found.name:10s} {found.state:10s}", versions, size, found.problem])))
+        return 0
+    if not settings.what:
+        raise SettingsError(f"engines {settings.action}: name the engine.", hint="exllamav2 or exllamav3.")
+    if settings.action == "remove":
+        print(f"{settings.what} removed, {environments.remove(settings.what) / 1e9:.1f} GB freed.")
+        return 0
+    said = [""]
+
+    def tell(step: Step) -> None:
+        if step.words != said[0]:
+            said[0] = step.words
+            print(f"{step.fraction:4.0%}  {step.words}", flush=True)
+
+    try:
+        change = environments.install if settings.action == "install" else environments.test
+        found = change(settings.what, tell)
+    except KeyboardInterrupt:
+        print("Cancelled. The same command goes on where it stopped.")
+        return 130
+    print(f"{found.name}: {found.state}{f', {found.problem}' if found.problem else ''}")
+    return 0 if found.usable else 1
+
+
 # The server ---------------------------------------------------------------------------
 
 
@@ -169,8 +216,13 @@ def serve(settings: Settings) -> int:
     hub: list[Live] = []
     assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
-    live = Live(assistant)
+    jobs = EngineJobs(
+        Environments(), on_change=lambda: hub[0].system_changed() if hub else None,
+        on_done=lambda found: take_engine(found, assistant, settings),
+    )  # fmt: skip
+    live = Live(assistant, system=SystemPage(jobs))
     hub.append(live)
+    install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     page = Page(settings, assistant, live, address)
     gate = Gate(page.application(), GateRules(max_body_bytes=MOST_BODY_BYTES))
@@ -196,10 +248,33 @@ def serve(settings: Settings) -> int:
     try:
         server.run(sockets=[listener])
     finally:
+        jobs.close()
         assistant.close()
         lock.close()
         log.info("Turntable has ended")
     return 0
+
+
+def take_engine(found: Environment, assistant: Assistant, settings: Settings) -> None:
+    """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
+    log.info("engine %s: %s %s", found.name, found.state, found.problem)
+    usable = engines_for_cards(settings)
+    if found.name in usable:
+        assistant.kinds[found.name] = usable[found.name]
+    else:
+        assistant.kinds.pop(found.name, None)
+
+
+def install_engine(jobs: EngineJobs, settings: Settings) -> None:
+    """On a machine with a card that ExLlamaV2 runs on, set it up in the background at the first start."""
+    if not settings.install_engines or jobs.environments.get("exllamav2").state != "absent":
+        return
+    try:
+        jobs.environments.check("exllamav2")
+        jobs.start("exllamav2", "install")
+        log.info("ExLlamaV2 is being installed in the background; the System page shows how far it is")
+    except InstallFailed as error:
+        log.info("ExLlamaV2 was not installed: %s %s", error, error.hint)
 
 
 def _listen(port: int) -> socket.socket:
@@ -308,6 +383,8 @@ def main(arguments: list[str]) -> int:
     try:
         settings = settings_module.read(arguments)
         set_up_logging(settings)
+        if settings.command == "engines":
+            return run_engines(settings)
         if settings.command in ("download", "models", "plan"):
             return run_terminal(settings)
         return ask(settings) if settings.command == "ask" else serve(settings)

@@ -121,7 +121,7 @@ class Assistant:
         kinds: dict[str, EngineKind], threads: int = 0,
     ) -> None:  # fmt: skip
         self.presets, self.library, self.chats, self.images = presets, library, chats, images
-        self._loader, self._kinds, self._threads = loader, kinds, threads
+        self._loader, self.kinds, self._threads = loader, kinds, threads
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # by conversation
         self._claimed: set[str] = set()  # conversations whose answer is about to begin
@@ -310,7 +310,7 @@ class Assistant:
         """
         reasons: list[TurntableError] = []
         for variant in preset.variants:
-            if variant.engine not in self._kinds:
+            if variant.engine not in self.kinds:
                 reasons.append(EngineMissing(f"The engine {variant.engine} is not installed."))
                 continue
             try:
@@ -334,7 +334,7 @@ class Assistant:
     def _state(self, variant: Variant, chosen: bool) -> VariantState:
         needs = needs_bytes(variant, variant.size_bytes)
         command = self.library.download_command(variant)
-        if variant.engine not in self._kinds:
+        if variant.engine not in self.kinds:
             return VariantState(variant, "engine_missing", f"{variant.engine} is not installed", command, needs)
         try:
             located = self._locate(variant)

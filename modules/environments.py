@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,24 @@ def cards_by_nvml() -> tuple[int, list[CardFound]]:
             pynvml.nvmlShutdown()
 
 
+def card_bytes() -> int:
+    """Memory of all NVIDIA cards less 1 GiB each, for the loader's budget; 0 where no driver answers."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return sum(max(0, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) - (1 << 30)) for handle in handles)
+    except pynvml.NVMLError:
+        return 0
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
 class Environments:
     """All engines' environments of one checkout. Thread-safe; two programs at once take turns by a lock file."""
 
@@ -127,10 +145,13 @@ class Environments:
 
     def list(self) -> list[Environment]:
         """Every engine that can have an environment, in order."""
-        return [self.get(name) for name in NAMES]
+        return [self.get(name, sized=True) for name in NAMES]
 
-    def get(self, name: str) -> Environment:
-        """One engine's environment as it is on the disk. Raises InstallFailed for a name that is no engine."""
+    def get(self, name: str, sized: bool = False) -> Environment:
+        """One engine's environment as it is on the disk; sized counts its bytes, which takes a second.
+
+        Raises InstallFailed for a name that is no engine.
+        """
         folder = self._folder(name)
         python = _python_of(folder)
         if not folder.exists():
@@ -150,8 +171,8 @@ class Environments:
         tested = stamp.get("tested") or {}
         state = {None: "untested", 0: "ready", 3: "untested"}.get(tested.get("code"), "failed")
         return Environment(
-            name, state, folder, python, stamp.get("versions", {}), self._size(folder), tested.get("when", ""),
-            tested.get("problem", ""),
+            name, state, folder, python, stamp.get("versions", {}), self._size(folder) if sized else 0,
+            tested.get("when", ""), tested.get("problem", ""),
         )  # fmt: skip
 
     def kind(self, name: str) -> EngineKind:
@@ -177,7 +198,7 @@ class Environments:
         """
         stop = cancelled or threading.Event()
         report(Step("looking at the machine"))
-        architectures = self._check(name)
+        architectures = self.check(name)
         folder = self._folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / LOCK, name):
@@ -224,7 +245,7 @@ class Environments:
             "code": done.returncode, "when": time.strftime("%Y-%m-%d %H:%M"), "problem": problem,
         }}  # fmt: skip
         stamp.write_text(json.dumps(table, indent=1))
-        return self.get(name)
+        return self.get(name, sized=True)
 
     def remove(self, name: str) -> int:
         """Delete the environment; returns the bytes that it took. Raises InstallFailed while it is being installed."""
@@ -238,8 +259,11 @@ class Environments:
 
     # Steps -------------------------------------------------------------------------------
 
-    def _check(self, name: str) -> str:
-        """Refuse, in one line, a machine on which it cannot work. Returns the card architectures to build for."""
+    def check(self, name: str) -> str:
+        """Refuse, in one line, a machine on which it cannot work. Returns the card architectures to build for.
+
+        Raises InstallFailed.
+        """
         self._folder(name)
         named = self._variables.get("TURNTABLE_CUDA_ARCHS", "")
         architectures = named or self._architectures(name)
@@ -528,3 +552,90 @@ def _is_locked(path: Path) -> bool:
 def to_dict(environment: Environment) -> dict[str, Any]:
     """For the page and for programs."""
     return {**asdict(environment), "folder": str(environment.folder), "python": str(environment.python)}
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """The last or running installation, test or removal, for display. lines are the latest things it said."""
+
+    name: str
+    action: str
+    running: bool
+    words: str = ""
+    fraction: float = 0.0
+    lines: tuple[str, ...] = ()
+    error: str = ""
+    hint: str = ""
+
+
+class EngineJobs:
+    """Installs, tests and removes on a thread of its own, one at a time; every page sees the same job."""
+
+    def __init__(
+        self, environments: Environments, *, on_change: Callable[[], None] = lambda: None,
+        on_done: Callable[[Environment], None] = lambda environment: None,
+    ) -> None:  # fmt: skip
+        self.environments = environments
+        self._on_change, self._on_done = on_change, on_done
+        self._lock = threading.Lock()
+        self._job: EngineJob | None = None
+        self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def view(self) -> EngineJob | None:
+        """The running job, or the last one; None before the first."""
+        with self._lock:
+            return self._job
+
+    def start(self, name: str, action: str) -> None:
+        """Begin "install", "test" or "remove". Raises InstallFailed while another job runs or for an unknown word."""
+        if action not in ("install", "test", "remove"):
+            raise InstallFailed(f"An engine can be installed, tested and removed; {action!r} is none of these.")
+        self.environments.get(name)
+        with self._lock:
+            if self._job is not None and self._job.running:
+                busy = f"{self._job.name} is busy: {self._job.words or self._job.action}."
+                raise InstallFailed(busy, hint="Wait for it.")
+            self._job = EngineJob(name, action, True)
+            self._cancel = threading.Event()
+            self._thread = threading.Thread(target=self._run, args=(name, action), name=f"{action}-{name}", daemon=True)
+            self._thread.start()
+        self._on_change()
+
+    def cancel(self) -> None:
+        """End the running installation; what was downloaded stays for the next."""
+        self._cancel.set()
+
+    def close(self) -> None:
+        """Cancel, and wait for the end."""
+        self._cancel.set()
+        if self._thread is not None:
+            self._thread.join(20)
+
+    def _run(self, name: str, action: str) -> None:
+        error, hint = "", ""
+        try:
+            if action == "remove":
+                self.environments.remove(name)
+            elif action == "test":
+                self.environments.test(name, self._tell)
+            else:
+                self.environments.install(name, self._tell, self._cancel)
+        except InstallFailed as failure:
+            error, hint = str(failure), failure.hint
+        except OSError as failure:
+            error = f"{failure.strerror or failure}: {failure.filename or ''}".rstrip(": ")
+        with self._lock:
+            assert self._job is not None
+            self._job = replace(self._job, running=False, error=error, hint=hint)
+        self._on_done(self.environments.get(name))
+        self._on_change()
+
+    def _tell(self, step: Step) -> None:
+        with self._lock:
+            assert self._job is not None
+            lines = self._job.lines if self._job.words == step.words else (*self._job.lines, step.words)[-12:]
+            changed = lines != self._job.lines or int(step.fraction * 100) != int(self._job.fraction * 100)
+            self._job = replace(self._job, words=step.words, fraction=step.fraction, lines=lines)
+        if changed:
+            self._on_change()

@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -136,12 +136,23 @@ class _Answer:
             self._stage = None
 
 
+class SystemPanel(Protocol):
+    """What stands behind the System page."""
+
+    def html(self) -> str:
+        """The page; blocks."""
+
+    def act(self, name: str, action: str) -> None:
+        """A button was pressed; raises TurntableError."""
+
+
 class _Page:
     """One browser tab."""
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         self.shows: dict[str, str | None] = {}  # preset -> conversation
+        self.system = False  # it has opened the System page
         self.outbox: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
         self.behind_since_s = 0.0
 
@@ -158,8 +169,11 @@ class _Page:
 class Live:
     """The hub. start() is called on the event loop before the first page comes."""
 
-    def __init__(self, assistant: Assistant, most_image_bytes: int = 20_000_000) -> None:
-        self._assistant, self._most_image_bytes = assistant, most_image_bytes
+    def __init__(
+        self, assistant: Assistant, most_image_bytes: int = 20_000_000, system: SystemPanel | None = None
+    ) -> None:
+        self._assistant, self._most_image_bytes, self._system = assistant, most_image_bytes, system
+        self._system_changed = False
         self._pages: set[_Page] = set()
         self._answers: dict[str, _Answer] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -168,6 +182,7 @@ class Live:
         self._chats_changed = False
         self._flushed_s = 0.0
         self._status = ""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[BaseRoute]:
         return [
@@ -192,6 +207,11 @@ class Live:
 
     def changed(self) -> None:
         """Something of the loader changed."""
+        self._wake()
+
+    def system_changed(self) -> None:
+        """Something of the engines changed."""
+        self._system_changed = True
         self._wake()
 
     def _job_changed(self, job: Job) -> None:
@@ -242,6 +262,17 @@ class Live:
         if self._chats_changed:
             self._chats_changed = False
             self._to_all(self._list_frame())
+        if self._system_changed and self._loop is not None:
+            self._system_changed = False
+            self._tasks.add(task := self._loop.create_task(self._send_system()))
+            task.add_done_callback(self._tasks.discard)
+
+    async def _send_system(self) -> None:
+        pages = [page for page in self._pages if page.system]
+        if pages and self._system is not None:
+            frame = json.dumps({"t": "system", "html": await run_in_threadpool(self._system.html)})
+            for page in pages:
+                page.push(frame)
 
     def _end(self, answer: _Answer) -> None:
         """The last frame. The pages have the text already; drawing a long one once more would stall them."""
@@ -327,7 +358,8 @@ class Live:
             where = said
             action = {
                 "open": self._do_open, "send": self._do_send, "stop": self._do_stop,
-                "delete": self._do_delete, "earlier": self._do_earlier,
+                "delete": self._do_delete, "earlier": self._do_earlier, "system": self._do_system,
+                "engine": self._do_engine,
             }.get(str(where.get("do")))  # fmt: skip
             if action is None:
                 raise InvalidRequest(f"The page sent an unknown command {where.get('do')!r}.")
@@ -396,6 +428,15 @@ class Live:
         messages = await run_in_threadpool(lambda: [self._message(m) for m in found[-PAGE_MESSAGES:]])
         frame = {"t": "earlier", "preset": said.get("preset"), "chat": chat, "messages": messages}
         page.push(json.dumps({**frame, "earlier": len(found) > PAGE_MESSAGES}))
+
+    async def _do_system(self, page: _Page, said: dict[str, Any]) -> None:
+        page.system = True
+        if self._system is not None:
+            page.push(json.dumps({"t": "system", "html": await run_in_threadpool(self._system.html)}))
+
+    async def _do_engine(self, page: _Page, said: dict[str, Any]) -> None:
+        if self._system is not None:
+            await run_in_threadpool(self._system.act, str(said["name"]), str(said["action"]))
 
     def _message(self, m: ChatMessage, job: Job | None = None, with_text: bool = True) -> dict[str, Any]:
         """One stored message, rendered."""

@@ -45,6 +45,9 @@ SETTINGS: tuple[Setting, ...] = (
             "Preset whose tab is open at the start.", "NAME"),
     Setting("threads", "--threads", "TURNTABLE_THREADS", "physical cores less one",
             "Threads of llama.cpp.", "N"),
+    Setting("install_engines", "--install-engines", "TURNTABLE_INSTALL_ENGINES", "auto",
+            "auto sets up ExLlamaV2 in the background where an NVIDIA card, its driver and nvcc are; no leaves it.",
+            "WHEN"),
     Setting("load_timeout", "--load-timeout", "TURNTABLE_LOAD_TIMEOUT", "600",
             "Seconds after which a load counts as failed.", "S"),
     Setting("stall_timeout", "--stall-timeout", "TURNTABLE_STALL_TIMEOUT", "120",
@@ -66,6 +69,7 @@ class Settings:
     memory_budget_bytes: int
     vram_budget_bytes: int
     pinned_memory_bytes: int
+    install_engines: bool
     preset: str
     threads: int
     load_timeout_s: float
@@ -77,6 +81,7 @@ class Settings:
     ask_text: str = ""
     ask_images: tuple[Path, ...] = ()
     ask_json: bool = False
+    action: str = ""
     what: str = ""
     file: str = ""
     projector: str = ""
@@ -146,7 +151,13 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     plan.add_argument("--context", dest="context", type=int, default=0, metavar="N", help="Context size in tokens.")
     plan.add_argument("--cache", dest="cache", default="", choices=("FP16", "Q8", "Q6", "Q4"), help="Cache mode.")
     plan.add_argument("--json", dest="as_json", action="store_true", help="Print one object.")
-    for command in (download, models, plan):
+    engines = commands.add_parser(
+        "engines", help="List, install, test or remove the engines for NVIDIA cards.",
+        description="List the engines for NVIDIA cards, or install, test or remove one. Ctrl-C cancels an install.",
+    )  # fmt: skip
+    engines.add_argument("action", nargs="?", default="list", choices=("list", "install", "test", "remove"))
+    engines.add_argument("what", nargs="?", default="", metavar="ENGINE", help="exllamav2 or exllamav3.")
+    for command in (download, models, plan, engines):
         _add_settings(command, top_level=False)
 
 
@@ -186,6 +197,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         memory_budget_bytes=_size("--memory-budget", values["memory_budget"], int(_total_memory_bytes() * 0.6)),
         vram_budget_bytes=_size("--vram-budget", values["vram_budget"], 0),
         pinned_memory_bytes=_size("--pinned-memory", values["pinned_memory"], _total_memory_bytes() // 3, least=0),
+        install_engines=_choice("--install-engines", values["install_engines"] or "auto", ("auto", "no")) == "auto",
         preset=values["preset"],
         threads=_number("--threads", values["threads"] or "0", 0, 1024),
         load_timeout_s=float(_number("--load-timeout", values["load_timeout"] or "600", 1, 86400)),
@@ -197,6 +209,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ask_text=getattr(chosen, "ask_text", ""),
         ask_images=tuple(Path(name).absolute() for name in getattr(chosen, "ask_images", ())),
         ask_json=getattr(chosen, "ask_json", False),
+        action=getattr(chosen, "action", ""),
         what=getattr(chosen, "what", ""),
         file=getattr(chosen, "file", ""),
         projector=getattr(chosen, "projector", ""),
@@ -232,6 +245,12 @@ def _number(flag: str, text: str, low: int, high: int) -> int:
     if not low <= number <= high:
         raise SettingsError(f"{flag} {number}: must lie between {low} and {high}.")
     return number
+
+
+def _choice(flag: str, text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise SettingsError(f"{flag} {text}: use {' or '.join(choices)}.")
+    return text
 
 
 def _size(flag: str, text: str, default: int, least: int = 16 << 20) -> int:

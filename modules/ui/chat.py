@@ -33,13 +33,15 @@ def blocks(assistant: Assistant, settings: Settings) -> gr.Blocks:
                         _panel(assistant, preset)
                 with gr.Tab("Models", id="models", elem_id="panel-models", render_children=True):
                     _models_page(assistant, broken)
+                with gr.Tab("System", id="system", elem_id="panel-system", render_children=True):
+                    _system_page()
     page: gr.Blocks = demo
     return page
 
 
 def _strip(presets: list[Preset]) -> str:
     """Status strip and tab bar. The bar presses gradio's own tabs; unlike those it scrolls on a phone."""
-    tabs = [(p.name, p.title) for p in presets] + [("models", "Models")]
+    tabs = [(p.name, p.title) for p in presets] + [("models", "Models"), ("system", "System")]
     buttons = "".join(
         f'<button type="button" role="tab" id="tab-{name}" data-tab="{name}" aria-selected="false">{html.escape(title)}</button>'
         for name, title in tabs
@@ -89,6 +91,12 @@ def _pictures() -> str:
         '<label class="pick">Add picture<input type="file" accept="image/png,image/jpeg,image/webp" multiple></label>'
         '<button type="button" class="camera">Camera</button><span class="hint">or paste, or drop it here</span></div>'
     )
+
+
+def _system_page() -> None:
+    """Empty here: live.py sends what belongs into it."""
+    with gr.Column(elem_classes="page"):
+        gr.HTML('<div id="system-page" class="models" aria-live="off"></div>', padding=False)
 
 
 def _models_page(assistant: Assistant, broken: list[BrokenPreset]) -> None:

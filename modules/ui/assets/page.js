@@ -31,7 +31,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (current === 'system') tell({ do: 'system' }); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -51,6 +51,10 @@
   }
 
   const handlers = {
+    system(f) {
+      const place = $('#system-page');
+      if (place && place.innerHTML !== f.html) place.innerHTML = f.html;
+    },
     status(f) {
       const bar = $('#status-bar'), dot = $('#status .dot'), name = $('#status-model');
       bar.hidden = !f.loading;
@@ -256,6 +260,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
+    if (name === 'system') tell({ do: 'system' });
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
@@ -283,6 +288,12 @@
     } else if ((hit = at('.example'))) {
       const preset = hit.closest('.log').dataset.preset, box = boxOf(preset);
       if (JSON.parse(hit.closest('.log').dataset.about).task === 'vision' && !(trays[preset] || []).length) { fill(box, hit.textContent); box.focus(); } else send(preset, hit.textContent);
+    } else if ((hit = at('[data-engine]'))) {
+      if (hit.dataset.sure && !hit.classList.contains('sure')) {
+        const label = hit.textContent;
+        hit.classList.add('sure'); hit.textContent = hit.dataset.sure;
+        setTimeout(() => { hit.classList.remove('sure'); hit.textContent = label; }, 3000);
+      } else tell({ do: 'engine', name: hit.dataset.engine, action: hit.dataset.action });
     } else if (at('.get-model')) go('models');
     else if ((hit = at('[data-copy]'))) copy(hit, (hit.closest('.code') ? $('code', hit.closest('.code')) : $('code', hit.parentElement)).textContent);
     else if ((hit = at('.copy-all'))) copy(hit, $('.text', hit.closest('.msg')).innerText);
