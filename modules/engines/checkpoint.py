@@ -25,6 +25,7 @@ AGAIN = "Download the model again, all of its files."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Tensor name endings that tell the format, most telling first.
 SUFFIXES = (("exl3", ".trellis"), ("exl2", ".q_weight"), ("gptq", ".qweight"))
+TOWERS = ("visual.", "model.visual.", "vision_tower.", "model.vision_tower.", "vision_model.")
 # Tokens that end a turn. They count where the model's own template or vocabulary has them.
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>",
@@ -38,12 +39,17 @@ CHATML = (
 
 @dataclass(frozen=True)
 class Rules:
-    """What one engine can read: names of architectures and of quantization formats."""
+    """What one engine can read: names of architectures and of quantization formats.
+
+    vision names the architectures that may have a tower; mends says whether newer forms of
+    configurations have to be rewritten for it.
+    """
 
     engine: str
     architectures: frozenset[str]
     quantizations: frozenset[str]
     vision: frozenset[str] = frozenset()
+    mends: bool = True
     instead: str = "Choose another variant on the Models page."
 
 
@@ -95,7 +101,7 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
             hint=f"{rules.engine} reads {', '.join(sorted(q.upper() for q in rules.quantizations))}. {rules.instead}",
         )
     _check_bits(config, quantization, folder.name)
-    vision = architecture in rules.vision and any(name.startswith(("visual.", "model.visual.")) for name in tensors)
+    vision = architecture in rules.vision and any(name.startswith(TOWERS) for name in tensors)
     tokens = _json(folder / "tokenizer_config.json") or {}
     special, ids = _special_tokens(folder, tokens)
     template = _template(folder, tokens, special)
@@ -105,7 +111,7 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
             f"{folder.name} has no preprocessor_config.json, which a model that sees needs.",
             hint=AGAIN,
         )
-    mended, repairs = mend(config, preprocessor)
+    mended, repairs = mend(config, preprocessor) if rules.mends else ({}, ())
     generation = _json(folder / "generation_config.json") or {}
     text = config.get("text_config") or {}
     return Checkpoint(

@@ -357,7 +357,8 @@ class ExLlamaEngine:
     # Results -----------------------------------------------------------------------------
 
     def _take(self, result: dict[str, Any]) -> None:
-        answer = self._answers.get(str(result.get("identifier")))
+        name = result.get("identifier") or getattr(result.get("job"), "identifier", "")
+        answer = self._answers.get(str(name))
         if answer is None:
             return
         stage = result["stage"]
@@ -367,7 +368,7 @@ class ExLlamaEngine:
             self._stream(answer, result)
         elif stage == "error":
             self._answers.pop(answer.request.id)
-            error = GenerateError(f"The engine failed: {result.get('error') or result.get('exception') or 'no reason'}")
+            error = self._explain_answer(result["error"])
             answer.emit(Failed(answer.request.id, **error.to_wire()))
 
     def _stream(self, answer: Answer, result: dict[str, Any]) -> None:
