@@ -58,7 +58,8 @@ class Program:
         self.address = f"127.0.0.1:{self.port}"
         self.began_s = time.monotonic()
         self.child = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--port", str(self.port), "--data-dir", str(folder), *arguments],
+            [sys.executable, str(ROOT / "app.py"), "--port", str(self.port), "--data-dir", str(folder),
+             "--install-engines", "no", *arguments],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
         )  # fmt: skip
 

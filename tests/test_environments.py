@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from modules.environments import STAMP, CardFound, Environments, Step, to_dict
+from modules.environments import STAMP, CardFound, EngineJobs, Environments, Step, to_dict
 from modules.errors import InstallFailed
+from modules.ui.system import SystemPage
 
 from .conftest import ROOT, eventually
 
@@ -258,3 +259,59 @@ def test_the_real_requirements_name_what_the_children_import() -> None:
         assert f"{name}==" in text
         assert "torch==2.11.0" in text
         assert "jinja2" in text
+
+
+def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(home: Path) -> None:
+    seen: list[object] = []
+    done: list[str] = []
+    jobs = EngineJobs(
+        made(home, FAKE_BUILD_S="1"), on_change=lambda: seen.append(jobs.view()), on_done=lambda e: done.append(e.state)
+    )
+    page = SystemPage(jobs)
+    assert jobs.view() is None
+    assert 'data-action="install"' in page.html()
+    assert 'data-action="remove"' not in page.html()
+    page.act("exllamav2", "install")
+    with pytest.raises(InstallFailed, match="is busy"):
+        jobs.start("exllamav3", "install")
+    assert 'data-action="cancel"' in page.html()
+    assert "disabled" in page.html()
+    eventually(lambda: not jobs.view().running, 60)
+    assert jobs.view().error == ""
+    assert done == ["ready"]
+    assert len(seen) > 3
+    text = page.html()
+    assert "exllamav2 0.3.2 · torch 2.11.0" in text
+    assert 'data-action="test"' in text
+    page.act("exllamav2", "remove")
+    eventually(lambda: not jobs.view().running, 30)
+    assert done == ["ready", "absent"]
+    for name, action in (("gpt", "install"), ("exllamav2", "paint")):
+        with pytest.raises(InstallFailed):
+            page.act(name, action)
+    jobs.close()
+
+
+def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(home: Path) -> None:
+    jobs = EngineJobs(made(home, FAKE_BUILD_FAILS="<b>1"))
+    page = SystemPage(jobs)
+    page.act("exllamav2", "install")
+    eventually(lambda: not jobs.view().running, 60)
+    assert "cublas_v2.h" in jobs.view().error
+    assert 'role="alert"' in page.html()
+    assert "Install again" in page.html()
+    jobs = EngineJobs(made(home, FAKE_BUILD_S="60"))
+    jobs.start("exllamav2", "install")
+    eventually(lambda: "compiling" in (jobs.view().words or ""), 60)
+    SystemPage(jobs).act("", "cancel")
+    eventually(lambda: not jobs.view().running, 20)
+    assert "cancelled" in jobs.view().error
+
+
+def test_foreign_text_on_the_page_is_escaped(home: Path) -> None:
+    folder = home / ".engines" / "exllamav2"
+    folder.mkdir(parents=True)
+    (folder / "install.log").write_text("<script>alert(1)</script>")
+    text = SystemPage(EngineJobs(made(home))).html()
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text

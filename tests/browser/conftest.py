@@ -39,6 +39,8 @@ class Server:
             str(self.port),
             "--data-dir",
             str(folder / "data"),
+            "--install-engines",
+            "no",
             *arguments,
         ]
         self.child = subprocess.Popen(command, cwd=folder, stdout=self._log, stderr=self._log)

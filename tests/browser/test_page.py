@@ -144,6 +144,22 @@ def test_the_demo_says_what_it_is_and_leads_to_real_models(drive):
     assert "--revision" in drive.page.inner_text("#models-list .command >> nth=0")
 
 
+def test_the_system_page_shows_the_engines_and_what_can_be_done(drive):
+    drive.page.click("#tab-system")
+    drive.page.wait_for_selector("#engine-exllamav3", state="visible")
+    text = drive.page.inner_text("#system-page")
+    assert "llama.cpp" in text and "ExLlamaV2" in text and "ready" in text
+    assert drive.page.locator("#engine-exllamav2 button").count() >= 1
+    # A removal asks first, an unknown engine is refused in words.
+    drive.page.evaluate("""document.querySelector('#system-page').insertAdjacentHTML('beforeend',
+        '<button type="button" id="odd" data-engine="gpt" data-action="remove" data-sure="Remove?">x</button>')""")
+    drive.page.click("#odd")
+    assert drive.page.inner_text("#odd") == "Remove?"
+    drive.page.click("#odd")
+    drive.page.wait_for_selector("text=There is no engine 'gpt'")
+    assert drive.foreign == []
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844), (768, 1000)])
 def test_nothing_is_wider_than_the_window(chromium, server, width, height):
     context = chromium.new_context(viewport={"width": width, "height": height})
@@ -152,6 +168,9 @@ def test_nothing_is_wider_than_the_window(chromium, server, width, height):
         drive.tab(name)
         assert drive.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert drive.page.locator(f"#send-{name}").bounding_box()["x"] < width - 30
+    for name in ("models", "system"):
+        drive.page.click(f"#tab-{name}")
+        assert drive.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     context.close()
 
 
