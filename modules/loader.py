@@ -214,9 +214,12 @@ class Loader:
             raise EngineMissing(f"The engine {ticket.spec.engine} is not installed on this machine.")
         budget = self.budget_bytes(ticket.spec.engine)
         if ticket.needs_bytes > budget:
-            what = "memory budget of the card" if self._kinds[ticket.spec.engine].memory == "vram" else "memory budget"
+            on_card = self._kinds[ticket.spec.engine].memory == "vram"
+            what = "memory budget of the card" if on_card else "memory budget"
+            flag = "--vram-budget" if on_card else "--memory-budget"
             raise DoesNotFit(
-                f"The model needs about {ticket.needs_bytes / 1e9:.1f} GB, and the {what} is {budget / 1e9:.1f} GB."
+                f"The model needs about {ticket.needs_bytes / 1e9:.1f} GB, and the {what} is {budget / 1e9:.1f} GB.",
+                hint=f"Choose a smaller variant or a shorter context, or raise {flag}.",
             )
         recent = [t for t in self._crashes.get(ticket.spec, ()) if time.monotonic() - t < 60]
         self._crashes[ticket.spec] = recent

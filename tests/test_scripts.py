@@ -51,6 +51,7 @@ class Tree:
         (root / "app.py").write_text(APP, encoding="utf-8")
         (root / "requirements.txt").write_text("# nothing\n", encoding="utf-8")
         (root / "requirements-dev.txt").write_text("# nothing\n", encoding="utf-8")
+        (root / "requirements-test-exllama.txt").write_text("# nothing\n", encoding="utf-8")
         # A Python that the tests choose, so that every machine takes the same way.
         self.environment = {
             "HOME": str(home),
@@ -280,6 +281,17 @@ def test_with_arguments_only_pytest_runs(checked: Tree) -> None:
     done = checked.run("test.sh", "-k", "loader and not swap")
     assert [call[:-1] for call in calls(done)] == [["pytest.py", "-k", "loader and not swap"]]
     assert checked.run("test.sh", "-x", FAILING="pytest.py").returncode == 1
+
+
+def test_the_adapters_have_an_environment_of_their_own_unless_it_is_left_out(checked: Tree) -> None:
+    python = checked.root / ".venv-exllama" / "bin" / "python"
+    assert python.exists()
+    shutil.rmtree(checked.root / ".venv-exllama")
+    done = checked.run("test.sh", "-x", TURNTABLE_TEST_EXLLAMA="0")
+    assert "will be skipped" in done.stderr
+    assert not python.exists()
+    assert "Installing requirements-test-exllama.txt into .venv-exllama" in checked.run("test.sh", "-x").stderr
+    assert python.exists()
 
 
 def test_a_named_chromium_goes_first(checked: Tree) -> None:
