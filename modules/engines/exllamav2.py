@@ -177,8 +177,9 @@ class ExLlamaV2Engine(ExLlamaEngine):
         return config
 
     def _load_fast(self, models: list[Any], split: list[float] | None, tell: Any) -> None:
+        rest = split or [99999]
         for model in models:
-            model.set_device_map(split or [99999])
+            rest = model.set_device_map(rest)  # what the tower leaves is for the model
         layout = lay_out(models)
         if any(piece.dtype in (torch.bfloat16, torch.float32) for _, piece in layout.pieces.values()):
             # The library converts these to half precision: copies of its own, so views would only cost memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+from modules import planner
 from modules.assistant import Assistant, VariantState
 from modules.presets import BrokenPreset, Preset
 
@@ -33,7 +34,8 @@ def _preset(preset: Preset, states: list[VariantState]) -> str:
     rows = "".join(_row(state) for state in states)
     return (
         f"<section><h3>{html.escape(preset.title)}</h3><p>{html.escape(preset.about)}</p><div class='scroll'><table><thead><tr>"
-        "<th>Variant</th><th>Engine</th><th>bpw</th><th>Cache mode</th><th>Context</th><th>Size</th><th>Here</th></tr>"
+        "<th>Variant</th><th>Engine</th><th>bpw</th><th>Cache mode</th><th>Context</th><th>Size</th>"
+        "<th>Memory</th><th>Here</th></tr>"
         f"</thead><tbody>{rows}</tbody></table></div></section>"
     )
 
@@ -53,5 +55,33 @@ def _row(state: VariantState) -> str:
     licence = f"<br><small>{html.escape(v.licence)}</small>" if v.licence else ""
     return (
         f'<tr class="{"chosen" if state.chosen else ""}"><td>{html.escape(v.title)}{licence}{command}</td>'
-        f"<td>{html.escape(v.engine)}</td><td>{bpw}</td><td>{v.cache_mode}</td><td>{v.context}</td><td>{size}</td><td>{badge}{note}</td></tr>"
+        f"<td>{html.escape(v.engine)}</td><td>{bpw}</td><td>{v.cache_mode}</td><td>{v.context}</td><td>{size}</td><td>{_memory(state)}</td>"
+        f"<td>{badge}{note}</td></tr>"
     )
+
+
+# What the bar shows apart; the rest is drawn as one.
+PARTS = (("weights", "Weights"), ("KV cache", "KV cache"), ("vision tower", "Vision tower"))
+
+
+def _memory(state: VariantState) -> str:
+    """What the variant takes, as a number and a bar of its parts; the parts in words on hovering."""
+    variant = state.variant
+    if variant.shape is None:
+        return f"{state.needs_bytes / 1e9:.1f} GB" if state.needs_bytes else "–"
+    on_card = variant.engine in ("exllamav2", "exllamav3")
+    planned = planner.plan_variant(variant, gpus=1 if on_card else 0)
+    total = max(planned.needs_bytes, 1)
+    known = [(label, planned.bytes_of(name)) for name, label in PARTS]
+    known.append(("Other", total - sum(size for _, size in known)))
+    words = ", ".join(f"{label} {_gb(size)}" for label, size in known if size > 0)
+    bar = "".join(
+        f'<i class="p{number}" style="width:{100 * size / total:.1f}%"></i>'
+        for number, (_, size) in enumerate(known) if size > 0
+    )  # fmt: skip
+    where = "VRAM" if on_card else "RAM"
+    return f'<span class="needs" title="{html.escape(words)}">{_gb(total)} {where}<span class="parts">{bar}</span></span>'
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 100_000_000 else f"{size / 1e6:.1f} MB"
