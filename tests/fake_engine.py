@@ -99,10 +99,10 @@ class FakeEngine:
             emit(Delta(request.id, text, channel, 0))
         reason = "stopped" if stop.is_set() else "length" if len(limited) < len(words) else "stop"
         spent = max(1e-9, time.monotonic() - start)
+        self.cancelled.pop(request.id, None)  # first: whoever hears the end may use the name again at once
         emit(
             Finished(request.id, reason, Counts(prompt, 0, said, 0), Timings(start - began, spent, first, said / spent))
         )
-        self.cancelled.pop(request.id, None)
 
     def _fault(self, request: Start, emit: Emit, said: int) -> None:
         fault = self.plan.get("fault")

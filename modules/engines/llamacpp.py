@@ -119,8 +119,10 @@ class LlamaCpp:
     def start(self, request: Start, emit: Emit) -> None:
         if self._server is None:
             raise GenerateError("No model is loaded.")
-        self._cancelled[request.id] = threading.Event()
-        threading.Thread(target=self._answer, args=(request, emit), name=f"answer-{request.id}", daemon=True).start()
+        cancelled = self._cancelled[request.id] = threading.Event()
+        threading.Thread(
+            target=self._answer, args=(request, emit, cancelled), name=f"answer-{request.id}", daemon=True
+        ).start()
 
     def cancel(self, request_id: str) -> None:
         event = self._cancelled.get(request_id)
@@ -138,18 +140,17 @@ class LlamaCpp:
             event.set()
         self._server = None
 
-    def _answer(self, request: Start, emit: Emit) -> None:
+    def _answer(self, request: Start, emit: Emit, cancelled: threading.Event) -> None:
+        last: Finished | Failed
         try:
-            emit(
-                _Answer(request, emit, self._cancelled[request.id], self._thought_is_opened(request.thinking)).run(
-                    self._server
-                )
-            )
+            opened = self._thought_is_opened(request.thinking)
+            last = _Answer(request, emit, cancelled, opened).run(self._server)
         except Exception as error:  # this thread's boundary: every failure leaves as data
             known = error if isinstance(error, TurntableError) else GenerateError(f"llama.cpp failed: {error}")
-            emit(Failed(request.id, **known.to_wire()))
-        finally:
-            self._cancelled.pop(request.id, None)
+            last = Failed(request.id, **known.to_wire())
+        # Forgotten before the last message leaves: whoever reads that may use the name again at once.
+        self._cancelled.pop(request.id, None)
+        emit(last)
 
     def _thought_is_opened(self, thinking: bool | None) -> bool:
         """Does the model's template itself end the prompt with `<think>`? Asked once for each switch position."""
