@@ -3,7 +3,13 @@
 Each ExLlama engine wants its own PyTorch, so each has a virtual environment of its
 own and its compiled extension beside it. The extension is built when the engine is
 installed, never at a first message. A stamp file is written last: an installation
-that was cut off is seen as broken and mended by installing again.
+that was cut off is seen as broken and mended by installing again. Whatever ends the
+installer, the commands that it runs end with it.
+
+From the environment of its own process it reads TURNTABLE_CUDA_ARCHS (architectures
+to build for, "8.6;9.0"; no card is looked for then), TURNTABLE_PREBUILT (a folder with
+an extension that was compiled elsewhere), TURNTABLE_ENGINE_DISK_BYTES, CUDA_HOME,
+CPATH, MAX_JOBS and pip's own variables.
 
 Knows drivers, compilers, pip and child processes. Knows no model, no preset and no
 page, and never imports torch.
@@ -13,18 +19,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
+import logging
 import os
+import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,23 +42,64 @@ from modules.process import EngineKind
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("exllamav2", "exllamav3")
-STAMP, LOG, LOCK = "installed.json", "install.log", "install.lock"
+STAMP, LOG, TEST_LOG, PROBLEM = "installed.json", "install.log", "selftest.log", "problem.txt"
 EXTENSIONS = "ext"
 NEEDS_DISK_BYTES = 12 * 10**9
-JOB_BYTES = 10**9  # of RAM for one compiler
-LIMIT_S = 90 * 60.0
+DOWNLOAD_MB = 3000  # about that much comes from the registry
+JOB_BYTES = 12 * 10**8  # of free RAM for one compiler
+# 31 and 107 minutes of one core were measured, and half of that for two cores; one slow file alone takes 23.
+LIMIT_S = {"exllamav2": 90 * 60.0, "exllamav3": 180 * 60.0}
+TEST_LIMIT_S = 15 * 60.0
 # PyTorch 2.11 from the registry is built for CUDA 13.0, which needs this driver and has no code for older cards.
 LEAST_DRIVER = 580
+TOOLKIT = 13
+TOOLKITS = (Path("/usr/local/cuda"), Path("/usr/local/cuda-13"), Path("/usr/local/cuda-13.0"), Path("/opt/cuda"))
 LEAST_CARD = {"exllamav2": (7, 5), "exllamav3": (8, 0)}
 ABOUT_MINUTES = {"exllamav2": 10, "exllamav3": 60}  # of compiling on four cores
+log = logging.getLogger("turntable.environments")
+# Runs a command, and ends it with all that it started when the installer's end of the pipe closes: a killed installer
+# must not leave compilers behind that a second one would meet. By session, since ninja puts each compiler into a
+# process group of its own. Nice, because a person may be chatting meanwhile.
+SUPERVISOR = """
+import os, signal, subprocess, sys, threading, time
+os.nice(int(sys.argv[1]))
+child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+ending = threading.Event()
+def mine():
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat", "rb") as file:
+                fields = file.read().rsplit(b")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == os.getpid() != int(entry) and fields[0] not in (b"Z", b"X"):
+            yield int(entry)
+def watch():
+    sys.stdin.buffer.read()
+    ending.set()
+    while left := list(mine()):
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        time.sleep(0.01)
+    os._exit(137)
+threading.Thread(target=watch, daemon=True).start()
+code = child.wait()
+if ending.is_set():
+    threading.Event().wait()  # watch() has the last word
+os._exit(code if code >= 0 else 128 - code)
+"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Progress of an installation: what is being done, and how far, 0 to 1, where that is known."""
+    """Progress of an installation: what is being done, how far, 0 to 1, and what of it is in hand just now."""
 
     words: str
     fraction: float = 0.0
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,11 +183,12 @@ class Environments:
 
     def __init__(
         self, home: Path = ROOT, *, cards: Cards = cards_by_nvml, variables: Mapping[str, str] | None = None,
-        limit_s: float = LIMIT_S,
+        limit_s: float = 0.0, toolkits: Sequence[Path] = TOOLKITS,
     ) -> None:  # fmt: skip
+        """limit_s 0 is the engine's own time limit; toolkits are where nvcc is looked for besides the PATH."""
         self._home, self._root, self._cards = home, home / ".engines", cards
         self._variables = os.environ if variables is None else variables
-        self._limit_s = limit_s
+        self._limit_s, self._usual = limit_s, toolkits
         self._sizes: dict[str, tuple[float, int]] = {}
 
     # Looking ---------------------------------------------------------------------------
@@ -157,12 +207,11 @@ class Environments:
         if not folder.exists():
             return Environment(name, "absent", folder, python)
         stamp = self._stamp(folder)
-        if _is_locked(folder / LOCK):
+        if _is_locked(self._lock(name)):
             return Environment(name, "installing", folder, python, problem=_last_line(folder / LOG))
         if not stamp or not python.exists():
-            return Environment(
-                name, "broken", folder, python, problem=f"The installation was not finished. {_last_line(folder / LOG)}"
-            )
+            problem = _text(folder / PROBLEM) or f"The installation was not finished. {_last_line(folder / LOG)}"
+            return Environment(name, "broken", folder, python, problem=problem)
         if stamp.get("requirements") != self._wanted(name):
             return Environment(
                 name, "broken", folder, python, stamp.get("versions", {}),
@@ -180,7 +229,7 @@ class Environments:
         folder = self._folder(name)
         environment = {
             "TORCH_EXTENSIONS_DIR": str(folder / EXTENSIONS),
-            "PYTHONPATH": _place_of_built(folder / EXTENSIONS),
+            "PYTHONPATH": _place_of_built(folder / EXTENSIONS, name),
             "EXLLAMA_NO_XFORMERS": "1",
             "CUDA_MODULE_LOADING": "LAZY",
         }
@@ -188,6 +237,20 @@ class Environments:
             name, str(_python_of(folder)), keeps_process=True, memory="vram",
             environment=tuple(sorted((k, v) for k, v in environment.items() if v)),
         )  # fmt: skip
+
+    def is_wanted(self, name: str) -> bool:
+        """Whether a start may install it unasked: absent or cut off, but not removed, given up or failed."""
+        environment = self.get(name)
+        if environment.state == "absent":
+            return not self._removed(name).exists()
+        return environment.state == "broken" and not (environment.folder / PROBLEM).exists()
+
+    def has_driver(self) -> bool:
+        """Whether an NVIDIA driver answers, or a person named architectures to build for."""
+        try:
+            return bool(self._variables.get("TURNTABLE_CUDA_ARCHS")) or self._cards()[0] > 0
+        except InstallFailed:
+            return False
 
     # Changing ----------------------------------------------------------------------------
 
@@ -200,61 +263,88 @@ class Environments:
         report(Step("looking at the machine"))
         architectures = self.check(name)
         folder = self._folder(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / LOCK, name):
-            stamp = folder / STAMP
-            stamp.unlink(missing_ok=True)
-            log = folder / LOG
-            log.write_text("")
-            runner = _Runner(log, stop, time.monotonic() + self._limit_s, self._variables)
-            python = _python_of(folder)
-            if not python.exists():
-                report(Step("making the environment", 0.02))
-                runner.run([sys.executable, "-m", "venv", str(folder)], "making the environment")
-            self._pip(name, python, runner, report)
-            self._build(name, folder, runner, report, architectures)
-            versions = _versions(python, name)
-            stamp.write_text(json.dumps({"requirements": self._wanted(name), "versions": versions}, indent=1))
-        report(Step("trying it", 0.97))
-        return self.test(name, report)
+        with _locked(self._lock(name), name) as lock:
+            folder.mkdir(exist_ok=True)
+            for old in (folder / STAMP, folder / PROBLEM, self._removed(name)):
+                old.unlink(missing_ok=True)
+            (folder / LOG).write_text("")
+            deadline_s = time.monotonic() + (self._limit_s or LIMIT_S[name])
+            runner = _Runner(folder / LOG, stop, deadline_s, self._variables, lock)
+            try:
+                self._fill(name, runner, report, architectures)
+            except InstallFailed as error:
+                if not stop.is_set():
+                    self.give_up(name, str(error))
+                raise
+        return self.test(name, report, stop)
 
-    def test(self, name: str, report: Report) -> Environment:
+    def _fill(self, name: str, runner: _Runner, report: Report, architectures: str) -> None:
+        folder = self._folder(name)
+        python = _python_of(folder)
+        if not python.exists():
+            report(Step("making the environment", 0.02))
+            runner.run([sys.executable, "-m", "venv", str(folder)], "making the environment")
+        self._pip(name, python, runner, report)
+        self._build(name, folder, runner, report, architectures)
+        _write(folder / STAMP, {"requirements": self._wanted(name), "versions": _versions(python, name)})
+
+    def give_up(self, name: str, why: str) -> None:
+        """Remember why an unfinished installation must not be taken up again unasked."""
+        folder = self._folder(name)
+        if folder.is_dir() and not self._stamp(folder):
+            (folder / PROBLEM).write_text(why, encoding="utf-8")
+
+    def test(self, name: str, report: Report, cancelled: threading.Event | None = None) -> Environment:
         """Run the self-test in the environment, and remember how it went. Raises InstallFailed when it is not there."""
         environment = self.get(name)
         if environment.state in ("absent", "broken", "installing"):
             raise InstallFailed(f"{name} is not installed.", hint=f"python app.py engines install {name}")
+        report(Step("trying it", 0.97))
+        log = environment.folder / TEST_LOG
+        log.write_text("")
+        stop = cancelled or threading.Event()
+        runner = _Runner(log, stop, time.monotonic() + TEST_LIMIT_S, self._variables)
+        failed: list[str] = []
+
+        def take(line: str) -> None:
+            try:
+                check = json.loads(line)
+                tried, ok, detail = str(check["check"]), bool(check["ok"]), str(check["detail"])
+            except (ValueError, TypeError, KeyError):
+                return  # not a line of the report
+            report(Step("trying it", 0.98, f"{'ok' if ok else 'NOT OK'}: {tried}: {detail}"))
+            if not ok:
+                failed.append(f"{tried}: {detail}")
+
         kind = self.kind(name)
-        done = subprocess.Popen(
-            [kind.python, "-m", "modules.engines.selftest", name], cwd=self._home, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**self._variables, **dict(kind.environment)},
-        )  # fmt: skip
-        try:
-            out, err = done.communicate(timeout=900)
-        except subprocess.TimeoutExpired:
-            done.kill()
-            out, err = done.communicate()
-        checks = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        for check in checks:
-            report(Step(f"{'ok' if check['ok'] else 'FAILED'}: {check['check']}: {check['detail']}", 1.0))
-        failed = [check for check in checks if not check["ok"]]
-        problem = f"{failed[0]['check']}: {failed[0]['detail']}" if failed else ""
-        if done.returncode and not problem:
-            problem = (err.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        stamp = environment.folder / STAMP
-        table = {**self._stamp(environment.folder), "tested": {
-            "code": done.returncode, "when": time.strftime("%Y-%m-%d %H:%M"), "problem": problem,
-        }}  # fmt: skip
-        stamp.write_text(json.dumps(table, indent=1))
+        command = [kind.python, "-m", "modules.engines.selftest", name]
+        code = runner.call(command, take, variables=dict(kind.environment), cwd=self._home, apart=True)
+        if stop.is_set():
+            raise InstallFailed("The self-test was cancelled.", hint=f"python app.py engines test {name}")
+        problem = failed[0] if failed else ""
+        if runner.is_late():
+            problem = f"the self-test took more than {TEST_LIMIT_S / 60:.0f} minutes"
+        elif code and not problem:
+            problem = _last_line(log) or f"exit code {code}"
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in runner.lines)
+        tested = {"code": code or int(bool(problem)), "when": time.strftime("%Y-%m-%d %H:%M"), "problem": problem}
+        _write(environment.folder / STAMP, {**self._stamp(environment.folder), "tested": tested})
         return self.get(name, sized=True)
 
     def remove(self, name: str) -> int:
-        """Delete the environment; returns the bytes that it took. Raises InstallFailed while it is being installed."""
-        environment = self.get(name)
-        if environment.state == "installing":
-            raise InstallFailed(f"{name} is being installed by another program.", hint="Wait for it, or stop it.")
-        size = self._size(environment.folder) if environment.folder.exists() else 0
-        if environment.folder.exists():
-            shutil.rmtree(environment.folder)
+        """Delete the environment; returns the bytes that it took. Raises InstallFailed while it is being installed.
+
+        That it was removed is remembered, so that no start installs it unasked.
+        """
+        folder = self._folder(name)
+        if not folder.exists():
+            return 0
+        with _locked(self._lock(name), name):
+            size = self._size(folder)
+            self._removed(name).touch()
+            (folder / STAMP).unlink(missing_ok=True)  # first: what is cut off in the middle must not look whole
+            shutil.rmtree(folder)
         return size
 
     # Steps -------------------------------------------------------------------------------
@@ -264,30 +354,46 @@ class Environments:
 
         Raises InstallFailed.
         """
-        self._folder(name)
-        named = self._variables.get("TURNTABLE_CUDA_ARCHS", "")
-        architectures = named or self._architectures(name)
-        if not _find_nvcc(self._variables) and not self._prebuilt():
+        folder = self._folder(name)
+        if platform.system() != "Linux":
             raise InstallFailed(
-                "nvcc is missing: the CUDA toolkit compiles the engine.",
-                hint="Install the CUDA toolkit 13 from NVIDIA's packages, and put nvcc on the PATH or set CUDA_HOME.",
+                "The engines for NVIDIA cards are installed on Linux only: elsewhere PyTorch comes without CUDA.",
+                hint="On Windows, start Turntable inside WSL.",
             )
-        if not shutil.which("g++", path=self._variables.get("PATH")) and not self._prebuilt():
-            raise InstallFailed("g++ is missing.", hint="sudo apt-get install g++ (Debian, Ubuntu).")
-        headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        if not headers.is_file() and not self._prebuilt():
-            version = f"{sys.version_info.major}.{sys.version_info.minor}"
-            raise InstallFailed(
-                "Python's headers are missing.", hint=f"sudo apt-get install python{version}-dev (Debian, Ubuntu)."
-            )
+        architectures = self._variables.get("TURNTABLE_CUDA_ARCHS", "") or self._architectures(name)
+        if importlib.util.find_spec("ensurepip") is None:
+            raise InstallFailed("Python's venv package is missing.", hint=_apt("-venv"))
+        if self._prebuilt(name) is None:
+            self._check_compilers()
         self._root.mkdir(parents=True, exist_ok=True)
-        needs = int(self._variables.get("TURNTABLE_ENGINE_DISK_BYTES", NEEDS_DISK_BYTES))
+        # What an earlier try has left there counts.
+        needs = int(self._variables.get("TURNTABLE_ENGINE_DISK_BYTES", NEEDS_DISK_BYTES)) - self._size(folder)
         free = shutil.disk_usage(self._root).free
         if free < needs:
             raise InstallFailed(
                 f"{name} needs about {needs / 1e9:.0f} GB of disk, and {free / 1e9:.1f} GB are free in {self._root}."
             )
         return architectures
+
+    def _check_compilers(self) -> None:
+        toolkits = _toolkits(self._variables, self._usual)
+        if not toolkits:
+            raise InstallFailed(
+                "nvcc is missing: the CUDA toolkit compiles the engine.",
+                hint=f"Install the CUDA toolkit {TOOLKIT} from NVIDIA's packages, and put nvcc on the PATH or set "
+                "CUDA_HOME.",
+            )
+        if not any(major == TOOLKIT for _, major in toolkits):
+            found = ", ".join(f"CUDA {major} in {place}" for place, major in toolkits)
+            raise InstallFailed(
+                f"The engine's PyTorch is made with CUDA {TOOLKIT}, and only a toolkit of CUDA {TOOLKIT} can compile "
+                f"for it; found: {found}.",
+                hint=f"Install the CUDA toolkit {TOOLKIT} beside it, and set CUDA_HOME to its folder.",
+            )
+        if not shutil.which("g++", path=self._variables.get("PATH")):
+            raise InstallFailed("g++ is missing.", hint="sudo apt-get install g++ (Debian, Ubuntu).")
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+            raise InstallFailed("Python's headers are missing.", hint=_apt("-dev"))
 
     def _architectures(self, name: str) -> str:
         driver, cards = self._cards()
@@ -311,25 +417,30 @@ class Environments:
         words = "downloading and installing PyTorch and the library (about 3 GB)"
         report(Step(words, 0.05))
         pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-        runner.run([*pip, "-r", str(file)], words, lambda line: _pip_step(line, report))
+        runner.run([*pip, "-r", str(file)], words, _PipProgress(words, report).take)
         for bare in re.findall(r"^#no-deps: (\S+)$", file.read_text(encoding="utf-8"), re.MULTILINE):
             runner.run([*pip, "--no-deps", bare], f"installing {bare}")
 
-    def _prebuilt(self) -> Path | None:
-        place = self._variables.get("TURNTABLE_PREBUILT", "")
-        return _built(Path(place)) if place else None
+    def _prebuilt(self, name: str) -> Path | None:
+        """An extension that was compiled elsewhere: in TURNTABLE_PREBUILT, or laid into the environment's `ext`."""
+        given = self._variables.get("TURNTABLE_PREBUILT", "")
+        if given:
+            found = _built(Path(given), name)
+            if found is None:
+                raise InstallFailed(f"TURNTABLE_PREBUILT={given} holds no {name}_ext*.so.", hint="Correct or unset it.")
+            return found
+        return next(iter(sorted((self._folder(name) / EXTENSIONS).glob(f"{name}_ext*.so"))), None)
 
     def _build(self, name: str, folder: Path, runner: _Runner, report: Report, architectures: str) -> None:
         """Compile the extension by importing the library once, with everything that the compiler must know."""
         place = folder / EXTENSIONS
         place.mkdir(exist_ok=True)
-        prebuilt = self._prebuilt()
-        if prebuilt is not None:
-            target = place / f"{name}_ext" / prebuilt.name
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy2(prebuilt, target)
         for stale in place.rglob("lock"):
             stale.unlink()  # a build that was killed leaves it, and the next import would wait for it for ever
+        prebuilt = self._prebuilt(name)
+        if prebuilt is not None:
+            self._take_prebuilt(name, prebuilt, runner, report)
+            return
         minutes = ABOUT_MINUTES[name]
         words = f"compiling {name} for {architectures} (about {minutes} minutes on four cores)"
         report(Step(words, 0.4))
@@ -341,21 +452,34 @@ class Environments:
         with _without_spaces(folder) as plain:
             python = _python_of(plain)
             variables = self._build_variables(python, plain / EXTENSIONS, architectures)
-            if prebuilt is not None:
-                variables["PYTHONPATH"] = _place_of_built(place)
             runner.run([str(python), "-c", f"import {name}"], words, variables=variables, tick=tick)
-        if prebuilt is None and _built(place) is None and name == "exllamav2":
+        if _built(place, name) is None:
             raise InstallFailed(f"{name} was imported, but its extension was not built.", hint=f"See {folder / LOG}.")
 
+    def _take_prebuilt(self, name: str, prebuilt: Path, runner: _Runner, report: Report) -> None:
+        """It is tried before it is taken: it fits one Python and one PyTorch only."""
+        words = f"taking {prebuilt.name}, which was compiled elsewhere"
+        report(Step(words, 0.9))
+        folder = self._folder(name)
+        variables = {"PYTHONPATH": str(prebuilt.parent), "TORCH_EXTENSIONS_DIR": str(folder / EXTENSIONS)}
+        # PyTorch first: the extension finds the libraries that it needs only then.
+        program = f"import torch, {name}_ext, {name}"
+        runner.run([str(_python_of(folder)), "-c", program], words, variables=variables)
+        target = folder / EXTENSIONS / prebuilt.name
+        if prebuilt.resolve() != target.resolve():
+            shutil.copy2(prebuilt, target)
+
     def _build_variables(self, python: Path, place: Path, architectures: str) -> dict[str, str]:
-        home = _find_nvcc(self._variables)
-        site = subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        home = next((place for place, major in _toolkits(self._variables, self._usual) if major == TOOLKIT), None)
+        program = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InstallFailed(f"The environment's Python does not run: {done.stderr.strip()[-200:]}")
+        site = done.stdout.strip()
         # Headers of cuBLAS and its like come with PyTorch's packages, where a toolkit may lack them.
         includes = [str(path) for path in sorted(Path(site, "nvidia").glob("*/include"))]
-        jobs = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4, _ram() // JOB_BYTES))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = max(1, min(cores, _free_ram_bytes() // JOB_BYTES))
         variables = {
             "TORCH_CUDA_ARCH_LIST": architectures, "TORCH_EXTENSIONS_DIR": str(place),
             "MAX_JOBS": self._variables.get("MAX_JOBS", str(jobs)),
@@ -370,6 +494,12 @@ class Environments:
         if name not in NAMES:
             raise InstallFailed(f"There is no engine {name!r} to install.", hint=f"Known: {', '.join(NAMES)}.")
         return self._root / name
+
+    def _lock(self, name: str) -> Path:
+        return self._root / f"{name}.lock"  # beside the folder, so that a removal does not take it away
+
+    def _removed(self, name: str) -> Path:
+        return self._root / f"{name}.removed"
 
     def _stamp(self, folder: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
@@ -388,60 +518,111 @@ class Environments:
         """Bytes of the folder, counted once a change: a PyTorch has 15,000 files."""
         changed = (folder / STAMP).stat().st_mtime if (folder / STAMP).exists() else 0.0
         known = self._sizes.get(str(folder))
-        if known is None or known[0] != changed:
-            size = sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-            known = self._sizes[str(folder)] = (changed, size)
-        return known[1]
+        if known is not None and changed and known[0] == changed:
+            return known[1]
+        size = 0
+        for path in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a compiler's passing file
+                size += path.lstat().st_size if not path.is_dir() else 0
+        self._sizes[str(folder)] = (changed, size)
+        return size
 
 
 class _Runner:
-    """Runs the commands of one installation: into its log, with a deadline, ended as a group when cancelled."""
+    """Runs the commands of one job: into its log, with a deadline, ended with all they started when cancelled."""
 
-    def __init__(self, log: Path, cancelled: threading.Event, deadline_s: float, variables: Mapping[str, str]) -> None:
-        self._log, self._cancelled, self._deadline_s, self._variables = log, cancelled, deadline_s, variables
+    def __init__(
+        self, log: Path, cancelled: threading.Event, deadline_s: float, variables: Mapping[str, str], lock: int = -1
+    ) -> None:
+        """lock is a descriptor that the commands keep open, so that a lock lasts as long as they do."""
+        self._log, self._cancelled, self._deadline_s = log, cancelled, deadline_s
+        self._variables, self._lock = variables, lock
+        self.lines: list[str] = []
+
+    def is_late(self) -> bool:
+        """Has the deadline passed?"""
+        return time.monotonic() > self._deadline_s
 
     def run(
-        self, command: list[str], words: str, on_line: Callable[[str], None] | None = None, *,
-        variables: Mapping[str, str] | None = None, tick: Callable[[], None] | None = None,
+        self, command: list[str], words: str, on_line: Callable[[str], None] = lambda line: None, *,
+        variables: Mapping[str, str] | None = None, tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
-        """Raises InstallFailed with the last lines of what the command wrote."""
-        environment = {**self._variables, "PYTHONUNBUFFERED": "1", "PIP_USER": "0", **(variables or {})}
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", env=environment, start_new_session=os.name != "nt",
-        )  # fmt: skip
-        ending = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(child, ending, tick), daemon=True)
-        watcher.start()
-        lines: list[str] = []
-        assert child.stdout is not None
-        with self._log.open("a", encoding="utf-8", buffering=1) as log:
-            log.write(f"$ {' '.join(command)}\n")
-            for line in child.stdout:
-                log.write(line)
-                lines = [*lines[-40:], line.rstrip()]
-                if on_line:
-                    on_line(line.rstrip())
-        code = child.wait()
-        ending.set()
-        watcher.join()
-        child.stdout.close()
+        """Raises InstallFailed with the line that says what went wrong."""
+        code = self.call(command, on_line, variables=variables, tick=tick)
         if self._cancelled.is_set():
             raise InstallFailed("The installation was cancelled.", hint="Installing again goes on where it stopped.")
-        if time.monotonic() > self._deadline_s:
+        if self.is_late():
             raise InstallFailed(f"The time limit passed while {words}.", hint=f"The log is {self._log}.")
         if code:
-            said = next((line for line in reversed(lines) if re.search(r"error|fatal|No space", line, re.I)), "")
-            last = said or (lines or ["no output"])[-1]
-            raise InstallFailed(f"It failed while {words}: {last}"[:400], hint=f"The log is {self._log}.")
+            said = next((line for line in reversed(self.lines) if re.search(r"error|fatal|No space", line, re.I)), "")
+            last = said or (self.lines or ["no output"])[-1]
+            raise InstallFailed(f"It failed while {words}: {last.strip()}"[:400], hint=f"The log is {self._log}.")
 
-    def _watch(self, child: subprocess.Popen[str], ending: threading.Event, tick: Callable[[], None] | None) -> None:
-        while not ending.wait(0.2):
-            if tick:
-                tick()
-            if self._cancelled.is_set() or time.monotonic() > self._deadline_s:
+    def call(
+        self, command: list[str], on_line: Callable[[str], None], *, variables: Mapping[str, str] | None = None,
+        tick: Callable[[], None] = lambda: None, cwd: Path | None = None, apart: bool = False,
+    ) -> int:  # fmt: skip
+        """The command's exit code. apart: what it writes to stderr goes into the log alone."""
+        environment = {**self._variables, "PYTHONUNBUFFERED": "1", "PIP_USER": "0", **(variables or {})}
+        supervised = [sys.executable, "-I", "-c", SUPERVISOR, "0" if apart else "10", *command]
+        self.lines = []
+        with self._log.open("a", encoding="utf-8", buffering=1) as log:
+            log.write("" if apart else f"$ {' '.join(command)}\n")
+            child = subprocess.Popen(
+                supervised, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log if apart else subprocess.STDOUT,
+                text=True, errors="replace", env=environment, start_new_session=True, cwd=cwd,
+                pass_fds=[self._lock] if self._lock >= 0 else [],
+            )  # fmt: skip
+            ended = threading.Event()
+            watcher = threading.Thread(target=self._watch, args=(child, ended, tick), daemon=True)
+            watcher.start()
+            try:
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if not apart:
+                        log.write(line)
+                    self.lines = [*self.lines[-40:], line.rstrip()]
+                    on_line(line.rstrip())
+            except BaseException:  # Ctrl-C comes out here
+                _end(child)
+                raise
+            finally:
+                code = child.wait()
+                ended.set()
+                watcher.join()
+                for pipe in filter(None, (child.stdin, child.stdout)):
+                    pipe.close()
+        return code
+
+    def _watch(self, child: subprocess.Popen[str], ended: threading.Event, tick: Callable[[], None]) -> None:
+        while not ended.wait(0.2):
+            tick()
+            if self._cancelled.is_set() or self.is_late():
                 _end(child)
                 return
+
+
+class _PipProgress:
+    """pip's lines as steps; the share follows the megabytes that it announces."""
+
+    def __init__(self, words: str, report: Report) -> None:
+        self._words, self._report, self._mb = words, report, 0.0
+
+    def take(self, line: str) -> None:
+        match = re.match(r"\s*(Collecting|Downloading|Using cached|Installing collected) ?(\S*)(.*)", line)
+        if match is None:
+            return
+        what, name, rest = match.groups()
+        if what == "Installing collected":
+            self._report(Step(self._words, 0.36, "unpacking"))
+            return
+        # The size stands there when a download begins, so it counts for the next line.
+        share = 0.05 + 0.3 * min(1.0, self._mb / DOWNLOAD_MB)
+        if size := re.search(r"\(([\d.]+) ([kMG])B\)", rest):
+            self._mb += float(size[1]) * {"k": 0.001, "M": 1.0, "G": 1000.0}[size[2]]
+        name = name.rsplit("/", 1)[-1]
+        if not name.endswith(".metadata"):
+            self._report(Step(self._words, share, f"{what.lower()} {name} {size[0] if size else ''}".rstrip()))
 
 
 @contextlib.contextmanager
@@ -457,17 +638,10 @@ def _without_spaces(folder: Path) -> Iterator[Path]:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End a command with everything that it started: compilers would go on for minutes."""
+    """Have the supervisor end everything."""
+    assert child.stdin is not None
     with contextlib.suppress(OSError):
-        if os.name == "nt":
-            child.kill()
-        else:
-            os.killpg(child.pid, signal.SIGKILL)
-
-
-def _pip_step(line: str, report: Report) -> None:
-    if line.startswith(("Collecting ", "Downloading ", "Installing collected")):
-        report(Step(" ".join(line.split()[:3])[:100], 0.1 if "Installing" not in line else 0.35))
+        child.stdin.close()
 
 
 def _versions(python: Path, name: str) -> dict[str, str]:
@@ -481,37 +655,74 @@ def _python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def _built(place: Path) -> Path | None:
-    """The compiled extension in or below a folder."""
-    return next(iter(sorted(place.rglob("*_ext*.so"))), None) if place.is_dir() else None
+def _built(place: Path, name: str) -> Path | None:
+    """The compiled extension in or below a folder; one that was laid there wins over one that was built there."""
+    found = place.rglob(f"{name}_ext*.so") if place.is_dir() else ()
+    return min(found, key=lambda path: (len(path.parts), path), default=None)
 
 
-def _place_of_built(place: Path) -> str:
+def _place_of_built(place: Path, name: str) -> str:
     """The folder in which Python finds the compiled extension; with it on the path nothing is ever compiled again."""
-    built = _built(place)
+    built = _built(place, name)
     return str(built.parent) if built is not None else ""
 
 
-def _find_nvcc(variables: Mapping[str, str]) -> Path | None:
-    """The toolkit's folder: CUDA_HOME, the usual place, or that of nvcc, which may be a script that calls another."""
-    for given in (variables.get("CUDA_HOME"), "/usr/local/cuda"):
-        if given and (Path(given) / "bin" / "nvcc").exists():
-            return Path(given)
-    found = shutil.which("nvcc", path=variables.get("PATH"))
-    if found is None:
-        return None
-    real = Path(found).resolve()
+def _toolkits(variables: Mapping[str, str], usual: Sequence[Path]) -> list[tuple[Path, int]]:
+    """The CUDA toolkits with their major versions: that in CUDA_HOME alone, or those of the PATH and the usual places.
+
+    nvcc on the PATH may be a script that calls the real one, so it is asked where its toolkit is.
+    """
+    named = variables.get("CUDA_HOME")
+    on_path = shutil.which("nvcc", path=variables.get("PATH"))
+    places = [Path(named)] if named else [*([_toolkit_of(Path(on_path))] if on_path else []), *usual]
+    found: dict[Path, int] = {}
+    for place in places:
+        nvcc = place / "bin" / "nvcc"
+        if place not in found and nvcc.exists():
+            said = _said([str(nvcc), "--version"], variables)
+            match = re.search(r"release (\d+)\.", said)
+            found[place] = int(match[1]) if match else 0
+    return list(found.items())
+
+
+def _toolkit_of(nvcc: Path) -> Path:
+    real = nvcc.resolve()
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        if match := re.search(r"(/[\w./+-]+)/bin/nvcc", real.read_text(encoding="utf-8")):
+        if match := re.search(r"(/[^\s'\"]+)/bin/nvcc", real.read_text(encoding="utf-8")):
             return Path(match[1])
     return real.parent.parent
 
 
-def _ram() -> int:
+def _said(command: list[str], variables: Mapping[str, str]) -> str:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 8 * 10**9
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=dict(variables))
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def _free_ram_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError):
+        if match := re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text()):
+            return int(match[1]) * 1024
+    return 8 * 10**9
+
+
+def _apt(suffix: str) -> str:
+    return f"sudo apt-get install python{sys.version_info.major}.{sys.version_info.minor}{suffix} (Debian, Ubuntu)."
+
+
+def _write(path: Path, table: dict[str, Any]) -> None:
+    """By a rename: a stamp is whole or not there."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""
 
 
 def _last_line(path: Path) -> str:
@@ -522,31 +733,37 @@ def _last_line(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """One installer at a time; the lock goes with its process, however that ends."""
+def _locked(path: Path, name: str) -> Iterator[int]:
+    """One installer at a time; the lock goes with its process and commands, however they end. Yields a descriptor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
-        if not _take(file):
-            raise InstallFailed(f"{name} is being installed by another program.", hint="Wait for it.")
-        yield
+        for _ in range(10):  # one who only looks holds it for a moment
+            if _take(file):
+                break
+            time.sleep(0.05)
+        else:
+            raise InstallFailed(f"{name} is being installed by another program.", hint="Wait for it, or stop it.")
+        yield file.fileno()
 
 
-def _take(file: Any) -> bool:
+def _take(file: Any, shared: bool = False) -> bool:
     try:
         import fcntl
     except ImportError:  # Windows: two installers at once are not held apart
         return True
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
 
 
 def _is_locked(path: Path) -> bool:
-    if not path.exists():
+    try:
+        with path.open("r") as file:
+            return not _take(file, shared=True)
+    except FileNotFoundError:
         return False
-    with path.open("a+") as file:
-        return not _take(file)
 
 
 def to_dict(environment: Environment) -> dict[str, Any]:
@@ -579,7 +796,7 @@ class EngineJobs:
         self._on_change, self._on_done = on_change, on_done
         self._lock = threading.Lock()
         self._job: EngineJob | None = None
-        self._cancel = threading.Event()
+        self._cancel, self._given_up = threading.Event(), False
         self._thread: threading.Thread | None = None
 
     def view(self) -> EngineJob | None:
@@ -597,17 +814,18 @@ class EngineJobs:
                 busy = f"{self._job.name} is busy: {self._job.words or self._job.action}."
                 raise InstallFailed(busy, hint="Wait for it.")
             self._job = EngineJob(name, action, True)
-            self._cancel = threading.Event()
+            self._cancel, self._given_up = threading.Event(), False
             self._thread = threading.Thread(target=self._run, args=(name, action), name=f"{action}-{name}", daemon=True)
             self._thread.start()
         self._on_change()
 
     def cancel(self) -> None:
-        """End the running installation; what was downloaded stays for the next."""
+        """End the running installation or test; what was downloaded stays, and no start goes on with it unasked."""
+        self._given_up = True
         self._cancel.set()
 
     def close(self) -> None:
-        """Cancel, and wait for the end."""
+        """End it because the program ends, and wait for that; the next start goes on."""
         self._cancel.set()
         if self._thread is not None:
             self._thread.join(20)
@@ -615,27 +833,38 @@ class EngineJobs:
     def _run(self, name: str, action: str) -> None:
         error, hint = "", ""
         try:
-            if action == "remove":
-                self.environments.remove(name)
-            elif action == "test":
-                self.environments.test(name, self._tell)
-            else:
-                self.environments.install(name, self._tell, self._cancel)
+            self._work(name, action)
         except InstallFailed as failure:
             error, hint = str(failure), failure.hint
         except OSError as failure:
             error = f"{failure.strerror or failure}: {failure.filename or ''}".rstrip(": ")
+        except Exception as failure:  # a job that never ends would hold up all others
+            log.exception("%s of %s failed", action, name)
+            error = f"{type(failure).__name__}: {failure}"
+        if self._given_up and action == "install":
+            self.environments.give_up(name, "The installation was cancelled.")
         with self._lock:
             assert self._job is not None
             self._job = replace(self._job, running=False, error=error, hint=hint)
         self._on_done(self.environments.get(name))
         self._on_change()
 
+    def _work(self, name: str, action: str) -> None:
+        if action == "remove":
+            self.environments.remove(name)
+        elif action == "test":
+            self.environments.test(name, self._tell, self._cancel)
+        else:
+            self.environments.install(name, self._tell, self._cancel)
+
     def _tell(self, step: Step) -> None:
         with self._lock:
-            assert self._job is not None
-            lines = self._job.lines if self._job.words == step.words else (*self._job.lines, step.words)[-12:]
-            changed = lines != self._job.lines or int(step.fraction * 100) != int(self._job.fraction * 100)
-            self._job = replace(self._job, words=step.words, fraction=step.fraction, lines=lines)
-        if changed:
+            before = self._job
+            assert before is not None
+            said = step.detail or step.words
+            lines = before.lines if before.lines[-1:] == (said,) else (*before.lines, said)[-12:]
+            self._job = replace(before, words=step.words, fraction=step.fraction, lines=lines)
+        if step.words != before.words:
+            log.info("engine %s: %s", before.name, step.words)
+        if lines != before.lines or int(step.fraction * 100) != int(before.fraction * 100):
             self._on_change()

@@ -83,6 +83,7 @@ class Settings:
     ask_json: bool = False
     action: str = ""
     what: str = ""
+    yes: bool = False
     file: str = ""
     projector: str = ""
     context: int = 0
@@ -157,6 +158,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     )  # fmt: skip
     engines.add_argument("action", nargs="?", default="list", choices=("list", "install", "test", "remove"))
     engines.add_argument("what", nargs="?", default="", metavar="ENGINE", help="exllamav2 or exllamav3.")
+    engines.add_argument("--yes", dest="yes", action="store_true", help="Remove without asking.")
     for command in (download, models, plan, engines):
         _add_settings(command, top_level=False)
 
@@ -211,6 +213,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         ask_json=getattr(chosen, "ask_json", False),
         action=getattr(chosen, "action", ""),
         what=getattr(chosen, "what", ""),
+        yes=getattr(chosen, "yes", False),
         file=getattr(chosen, "file", ""),
         projector=getattr(chosen, "projector", ""),
         context=getattr(chosen, "context", 0),

@@ -1,28 +1,50 @@
-"""environments.py with real virtual environments and pip, a folder of tiny wheels in place of the registry, no card."""
+"""environments.py with real virtual environments and pip, and what is built on it: the System page and `engines`.
+
+A folder of tiny wheels stands for the registry, and a small shared library for the NVIDIA driver.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from modules.environments import STAMP, CardFound, EngineJobs, Environments, Step, to_dict
+from modules.environments import (
+    NAMES,
+    STAMP,
+    CardFound,
+    EngineJob,
+    EngineJobs,
+    Environment,
+    Environments,
+    Step,
+    _PipProgress,
+    to_dict,
+)
 from modules.errors import InstallFailed
 from modules.ui.system import SystemPage
 
+from .browser.conftest import free_port
 from .conftest import ROOT, eventually
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="these engines are installed on Linux only")
 
 # Stands for the library: compiles for as long as it is told, and writes down what the compiler was told.
 LIBRARY = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 place = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "exllamav2_ext"
 if os.environ.get("TORCH_CUDA_ARCH_LIST"):
     assert " " not in __file__ + str(place) + os.environ["CPATH"], "the linker gets these unquoted"
@@ -30,7 +52,9 @@ if not any(pathlib.Path(p, "exllamav2_ext.so").exists() for p in sys.path):
     assert not (place / "lock").exists(), "waiting for ever"
     place.mkdir(parents=True, exist_ok=True)
     (place / "lock").touch()
-    time.sleep(float(os.environ.get("FAKE_BUILD_S", "0")))
+    # Each in a process group of its own, as ninja starts compilers.
+    compiler = [sys.executable, "-c", f"import time; time.sleep({os.environ.get('FAKE_BUILD_S', '0')}) # compiler"]
+    subprocess.run(compiler, cwd=place, preexec_fn=os.setpgrp)
     if os.environ.get("FAKE_BUILD_FAILS"):
         print("fatal error: cublas_v2.h: No such file")
         sys.exit(1)
@@ -47,6 +71,26 @@ if code:
     print(json.dumps({"check": "numbers", "ok": False, "detail": "wrong"}))
 sys.exit(code)
 """
+NVML = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+static int number(const char *name) { const char *v = getenv(name); return v ? atoi(v) : 0; }
+int nvmlInitWithFlags(unsigned f) { return number("FAKE_INIT"); }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int code) { return "Driver Not Loaded"; }
+int nvmlSystemGetDriverVersion(char *out, unsigned n) { snprintf(out, n, "%s", getenv("FAKE_DRIVER")); return 0; }
+int nvmlDeviceGetCount_v2(unsigned *n) { *n = number("FAKE_CARDS"); return number("FAKE_COUNT_FAILS"); }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **out) { *out = (void *)(size_t)(i + 1); return 0; }
+int nvmlDeviceGetName(void *d, char *out, unsigned n) { snprintf(out, n, "Card %zu", (size_t)d); return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 7 + (int)(size_t)d; *b = 9; return 0; }
+int nvmlDeviceGetMemoryInfo(void *d, unsigned long long *out) { out[0] = 24ULL << 30; out[1] = out[2] = 0; return 0; }
+"""
+EXTENSION = """
+#include <Python.h>
+static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "exllamav2_ext"};
+PyMODINIT_FUNC PyInit_exllamav2_ext(void) { return PyModule_Create(&def); }
+"""
 GOOD_CARD = (580, [CardFound("RTX 4090", (8, 9)), CardFound("GTX 1060", (6, 1))])
 
 
@@ -59,6 +103,31 @@ def wheel(folder: Path, name: str, version: str, files: dict[str, str]) -> None:
         kind = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         archive.writestr(f"{info}/WHEEL", kind)
         archive.writestr(f"{info}/RECORD", "")
+
+
+def compiled(source: str, out: Path, *flags: str) -> Path:
+    if shutil.which("gcc") is None:
+        pytest.skip("no gcc to compile a stand-in with")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-w", "-x", "c", "-", "-o", str(out), *flags], input=source, text=True, check=True
+    )
+    return out
+
+
+@pytest.fixture(scope="session")
+def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with pip in it; most tests begin behind this step, which takes seconds."""
+    folder = tmp_path_factory.mktemp("venv") / "empty"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=60)
+    return folder
+
+
+@pytest.fixture
+def begun(home: Path, empty_environment: Path) -> Path:
+    """A checkout in which an installation was cut off after its first step."""
+    shutil.copytree(empty_environment, home / ".engines" / "exllamav2", symlinks=True)
+    return home
 
 
 @pytest.fixture
@@ -75,7 +144,8 @@ def home(tmp_path: Path) -> Path:
     (folder / "requirements-exllamav3.txt").write_text("torch==2.11.0\n")
     toolkit = tmp_path / "toolkit" / "bin"
     toolkit.mkdir(parents=True)
-    (toolkit / "nvcc").write_text("")
+    (toolkit / "nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release ${FAKE_CUDA:-13.0}, V13.0.88\n")
+    (toolkit / "nvcc").chmod(0o755)
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "nvcc").write_text(f'#!/bin/sh\nexec {toolkit}/nvcc "$@"\n')
@@ -90,7 +160,8 @@ def made(home: Path, cards=GOOD_CARD, limit_s: float = 60.0, **variables: str) -
         "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(place / "wheels"), "CUDA_HOME": str(place / "toolkit"),
         "TURNTABLE_ENGINE_DISK_BYTES": "1000", **variables,
     }  # fmt: skip
-    return Environments(home, cards=lambda: cards, variables={k: v for k, v in given.items() if v}, limit_s=limit_s)
+    known = {k: v for k, v in given.items() if v}
+    return Environments(home, cards=lambda: cards, variables=known, limit_s=limit_s, toolkits=())
 
 
 def quiet(step: Step) -> None:
@@ -150,40 +221,85 @@ def test_a_machine_on_which_it_cannot_work_is_refused_in_one_line(home: Path, ca
     assert environments.get("exllamav2").state == "absent"
 
 
-def test_a_missing_compiler_is_named(home: Path, tmp_path: Path) -> None:
+def test_a_missing_or_unfit_compiler_is_named(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    toolkit = str(tmp_path / "toolkit")
-    with pytest.raises(InstallFailed, match=r"g\+\+ is missing"):
-        made(home, PATH=str(empty), CUDA_HOME=toolkit).install("exllamav2", quiet)
-    if not Path("/usr/local/cuda/bin/nvcc").exists():
-        with pytest.raises(InstallFailed, match="nvcc is missing"):
-            made(home, PATH=str(empty), CUDA_HOME="").install("exllamav2", quiet)
+    for environments, words in (
+        (made(home, PATH=str(empty)), r"g\+\+ is missing"),
+        (made(home, PATH=str(empty), CUDA_HOME=""), "nvcc is missing"),
+        (made(home, FAKE_CUDA="12.4"), r"only a toolkit of CUDA 13 .* found: CUDA 12 in .*toolkit"),
+    ):
+        with pytest.raises(InstallFailed, match=words) as caught:
+            environments.install("exllamav2", quiet)
+        assert "\n" not in str(caught.value) + caught.value.hint
+    # A script on the PATH leads to the toolkit; the headers lie there and not beside the script.
+    assert made(home, CUDA_HOME="").check("exllamav2") == "8.9"
+    monkeypatch.setitem(sys.modules, "ensurepip", None)
+    with pytest.raises(InstallFailed, match="venv package is missing"):
+        made(home).install("exllamav2", quiet)
+    assert made(home).get("exllamav2").state == "absent"
 
 
-def test_there_is_no_driver_here_or_it_is_read(home: Path) -> None:
-    from modules.environments import cards_by_nvml
+ASK_NVML = """
+import json
+from modules.environments import card_bytes, cards_by_nvml
+from modules.errors import InstallFailed
+try:
+    driver, cards = cards_by_nvml()
+    print(json.dumps([driver, [[c.name, *c.capability] for c in cards], card_bytes()]))
+except InstallFailed as error:
+    print(json.dumps([str(error), card_bytes()]))
+"""
 
-    try:
-        driver, _ = cards_by_nvml()
-        assert driver > 100
-    except InstallFailed as error:
-        assert "driver" in str(error)
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        ({"FAKE_DRIVER": "580.65.06", "FAKE_CARDS": "2"}, [580, [["Card 1", 8, 9], ["Card 2", 9, 9]], 46 << 30]),
+        ({"FAKE_DRIVER": "535.1", "FAKE_CARDS": "0"}, [535, [], 0]),
+        ({"FAKE_INIT": "9"}, ["No NVIDIA driver answers (Driver Not Loaded).", 0]),
+        ({"FAKE_DRIVER": "580", "FAKE_COUNT_FAILS": "999", "FAKE_CARDS": "1"}, ["Unknown Error", 0]),
+        ({"FAKE_DRIVER": "new", "FAKE_CARDS": "0"}, ["does not answer properly", 0]),
+        (None, ["No NVIDIA driver answers", 0]),
+    ],
+)
+def test_the_driver_is_asked_through_its_own_library(tmp_path: Path, driver, expected) -> None:
+    library = tmp_path / "driver" / "libnvidia-ml.so.1"
+    if driver is None:
+        library.parent.mkdir()
+        library.write_text("no library")  # as good as none, also where there is a real one
+    else:
+        compiled(NVML, library)
+    variables = {**os.environ, "LD_LIBRARY_PATH": str(library.parent), **(driver or {})}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_NVML], capture_output=True, text=True, cwd=ROOT, env=variables, timeout=30,
+        check=True,
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    if isinstance(said[0], str):
+        assert expected[0].rstrip(".").split(" (")[0] in said[0] or "does not answer properly" in said[0]
+        assert "\n" not in said[0] and said[1] == 0
+    else:
+        assert said == expected
 
 
-def test_a_build_that_fails_says_why_and_the_next_install_mends_it(home: Path) -> None:
+def test_a_build_that_fails_says_why_and_the_next_install_mends_it(begun: Path) -> None:
+    home = begun
+    assert made(home).is_wanted("exllamav2")
     with pytest.raises(InstallFailed, match=r"cublas_v2\.h: No such file") as caught:
         made(home, FAKE_BUILD_FAILS="1").install("exllamav2", quiet)
     assert "install.log" in caught.value.hint
     broken = made(home).get("exllamav2")
     assert broken.state == "broken"
-    assert "not finished" in broken.problem
+    assert "cublas_v2.h: No such file" in broken.problem
+    assert not made(home).is_wanted("exllamav2")  # unasked it would fail at every start
     with pytest.raises(InstallFailed, match="not installed"):
         made(home).test("exllamav2", quiet)
     assert made(home).install("exllamav2", quiet).state == "ready"
 
 
-def test_a_time_limit_and_a_cancel_end_the_compilers_at_once(home: Path) -> None:
+def test_a_time_limit_and_a_cancel_end_the_compilers_at_once(begun: Path) -> None:
+    home = begun
     environments = made(home, FAKE_BUILD_S="60")
     cancel = threading.Event()
 
@@ -195,56 +311,346 @@ def test_a_time_limit_and_a_cancel_end_the_compilers_at_once(home: Path) -> None
     with pytest.raises(InstallFailed, match="cancelled"):
         environments.install("exllamav2", report, cancel)
     with pytest.raises(InstallFailed, match="time limit"):
-        made(home, FAKE_BUILD_S="60", limit_s=4.0).install("exllamav2", quiet)
+        made(home, FAKE_BUILD_S="60", limit_s=1.6).install("exllamav2", quiet)
     assert time.monotonic() - began < 40
     assert environments.get("exllamav2").state == "broken"
+    assert "time limit" in environments.get("exllamav2").problem
+    assert compilers(home) == []
 
 
-def test_a_killed_installer_leaves_something_broken_and_two_do_not_meet(home: Path) -> None:
+def compilers(home: Path) -> list[int]:
+    """Processes that compile for a checkout."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command, place = (entry / "cmdline").read_bytes(), os.readlink(entry / "cwd")
+        except OSError:
+            continue
+        if b"# compiler" in command and place.startswith(str(home.parent)):
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_what_ends_the_installer_ends_the_compilers(begun: Path, how: signal.Signals) -> None:
+    home = begun
     program = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from pathlib import Path; from tests.test_environments import made, quiet\n"
         "made(Path(sys.argv[1]), FAKE_BUILD_S='60').install('exllamav2', quiet)"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, str(home), str(ROOT)], cwd=ROOT)
-    log = home / ".engines" / "exllamav2" / "install.log"
-    eventually(lambda: log.exists() and "import exllamav2" in log.read_text(), 30)
-    environments = made(home)
-    assert environments.get("exllamav2").state == "installing"
-    for change in (lambda: environments.install("exllamav2", quiet), lambda: environments.remove("exllamav2")):
-        with pytest.raises(InstallFailed, match="by another program"):
-            change()
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):  # what the installer had started goes on without it
-        with_path = entry.read_bytes() if entry.exists() else b""
-        if str(home).encode() in with_path and b"import exllamav2" in with_path:
-            os.kill(int(entry.parent.name), signal.SIGKILL)
-    eventually(lambda: environments.get("exllamav2").state == "broken", 10)
-    assert environments.install("exllamav2", quiet).state == "ready"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(home), str(ROOT)], cwd=home.parent, stderr=subprocess.DEVNULL
+    )
+    eventually(lambda: compilers(home), 30)
+    supervisor = os.getsid(compilers(home)[0])
+    try:
+        environments = made(home)
+        assert environments.get("exllamav2").state == "installing"
+        changes = (lambda: environments.install("exllamav2", quiet), lambda: environments.remove("exllamav2"))
+        for change in changes if how == signal.SIGKILL else ():
+            with pytest.raises(InstallFailed, match="by another program"):
+                change()
+        if how == signal.SIGKILL:
+            os.kill(supervisor, signal.SIGSTOP)  # slow
+        child.send_signal(how)
+        child.wait(10)
+        if how == signal.SIGKILL:
+            assert environments.get("exllamav2").state == "installing", "the lock lasts as long as the compilers"
+            os.kill(supervisor, signal.SIGCONT)
+        eventually(lambda: not compilers(home), 3)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(supervisor, signal.SIGCONT)
+        child.kill()
+        child.wait()
+    eventually(lambda: environments.get("exllamav2").state == "broken", 3)
+    assert "not finished" in environments.get("exllamav2").problem
+    assert environments.is_wanted("exllamav2")
+    if how == signal.SIGKILL:
+        assert environments.install("exllamav2", quiet).state == "ready"
 
 
-def test_a_prebuilt_extension_needs_no_compiler(home: Path, tmp_path: Path) -> None:
+def test_a_prebuilt_extension_needs_no_compiler(begun: Path, tmp_path: Path) -> None:
     place = tmp_path / "carried"
-    place.mkdir()
-    (place / "exllamav2_ext.so").touch()
-    environments = made(home, CUDA_HOME="", TURNTABLE_PREBUILT=str(place), FAKE_BUILD_FAILS="1")
-    assert environments.install("exllamav2", quiet).state == "ready"
-    assert (home / ".engines" / "exllamav2" / "ext" / "exllamav2_ext" / "exllamav2_ext.so").exists()
+    compiled(EXTENSION, place / "exllamav2_ext.so", f"-I{sysconfig.get_paths()['include']}")
+    no_tools = tmp_path / "no tools"
+    no_tools.mkdir()
+    bare = {"CUDA_HOME": "", "PATH": str(no_tools), "FAKE_BUILD_FAILS": "1"}
+    found = made(begun, TURNTABLE_PREBUILT=str(place), **bare).install("exllamav2", quiet)
+    assert found.state == "ready"
+    kept = found.folder / "ext" / "exllamav2_ext.so"
+    assert dict(made(begun).kind("exllamav2").environment)["PYTHONPATH"] == str(kept.parent)
+
+    # Laid into the environment by hand, it is found there; an unfit one is refused and not kept.
+    (found.folder / STAMP).unlink()
+    assert made(begun, **bare).install("exllamav2", quiet).state == "ready"
+    kept.unlink()
+    (place / "exllamav2_ext.so").write_text("for another Python")
+    with pytest.raises(InstallFailed, match=r"taking exllamav2_ext\.so, which was compiled elsewhere: ImportError"):
+        made(begun, TURNTABLE_PREBUILT=str(place), **bare).install("exllamav2", quiet)
+    assert not kept.exists()
+    with pytest.raises(InstallFailed, match="holds no exllamav3_ext"):
+        made(begun, TURNTABLE_PREBUILT=str(place)).install("exllamav3", quiet)
 
 
-def test_without_a_card_it_is_built_for_what_is_named(home: Path) -> None:
-    found = made(home, (0, []), TURNTABLE_CUDA_ARCHS="8.6;9.0", FAKE_TEST="3").install("exllamav2", quiet)
+def test_without_a_card_it_is_built_for_what_is_named(begun: Path) -> None:
+    assert made(begun, (0, []), TURNTABLE_CUDA_ARCHS="9.0").has_driver()
+    assert made(begun).has_driver() and not made(begun, (0, [])).has_driver()
+    found = made(begun, (0, []), TURNTABLE_CUDA_ARCHS="8.6;9.0", FAKE_TEST="3").install("exllamav2", quiet)
     assert found.state == "untested"
     assert "8.6;9.0" in (found.folder / "ext" / "exllamav2_ext" / "told.json").read_text()
 
 
-def test_a_damaged_stamp_is_a_broken_environment(home: Path) -> None:
-    environments = made(home)
-    environments.install("exllamav2", quiet)
+def test_a_damaged_stamp_is_a_broken_environment(begun: Path) -> None:
+    environments = made(begun)
+    stamp = begun / ".engines" / "exllamav2" / STAMP
     for text in ("", "[]", "{"):
-        (home / ".engines" / "exllamav2" / STAMP).write_text(text)
+        stamp.write_text(text)
         assert environments.get("exllamav2").state == "broken"
+
+
+def test_a_self_test_that_says_nonsense_or_nothing_is_a_failure_in_words(begun: Path) -> None:
+    environments = made(begun)
+    folder = begun / ".engines" / "exllamav2"
+    (folder / STAMP).write_text(json.dumps({"requirements": environments._wanted("exllamav2"), "versions": {}}))
+    for program, words in (
+        ("import sys; print('{broken'); print('{}'); print('[1]'); sys.exit('torch is missing')", "torch is missing"),
+        ("import os; os._exit(139)", "exit code 139"),
+        ("import os; os.kill(os.getpid(), 11)", "exit code 139"),
+    ):
+        (begun / "modules" / "engines" / "selftest.py").write_text(program)
+        found = environments.test("exllamav2", quiet)
+        assert (found.state, found.problem) == ("failed", words)
+    (begun / "modules" / "engines" / "selftest.py").write_text("import time; time.sleep(60)")
+    cancel = threading.Event()
+    threading.Timer(0.5, cancel.set).start()
+    with pytest.raises(InstallFailed, match="cancelled"):
+        environments.test("exllamav2", quiet, cancel)
+
+
+def test_the_share_of_the_download_follows_the_sizes_that_pip_says() -> None:
+    steps: list[Step] = []
+    progress = _PipProgress("downloading", steps.append)
+    for line in (
+        "Looking in indexes", "Collecting torch==2.11.0 (from -r requirements.txt (line 4))",
+        "  Downloading torch-2.11.0-cp312-cp312-manylinux_2_28_x86_64.whl.metadata (29 kB)",
+        "Downloading torch-2.11.0-cp312-cp312-manylinux_2_28_x86_64.whl (1.5 GB)",
+        "Using cached numpy-2.4-cp312.whl (16.6 MB)", "Installing collected packages: torch",
+    ):  # fmt: skip
+        progress.take(line)
+    assert [s.detail for s in steps] == [
+        "collecting torch==2.11.0", "downloading torch-2.11.0-cp312-cp312-manylinux_2_28_x86_64.whl (1.5 GB)",
+        "using cached numpy-2.4-cp312.whl (16.6 MB)", "unpacking",
+    ]  # fmt: skip
+    assert [round(s.fraction, 2) for s in steps] == [0.05, 0.05, 0.2, 0.36]
+
+
+# On a thread of the server, and on the page ---------------------------------------------
+
+
+def running_jobs(home: Path, **variables: str) -> tuple[EngineJobs, list[Environment]]:
+    done: list[Environment] = []
+    return EngineJobs(made(home, **variables), on_done=done.append), done
+
+
+def ended(jobs: EngineJobs, within_s: float = 20) -> EngineJob:
+    eventually(lambda: jobs.view() is not None and not jobs.view().running, within_s)
+    job = jobs.view()
+    assert job is not None
+    return job
+
+
+def test_what_a_person_cancelled_or_removed_is_not_taken_up_again_unasked(begun: Path) -> None:
+    jobs, done = running_jobs(begun, FAKE_BUILD_S="60")
+    environments = jobs.environments
+    assert jobs.view() is None
+
+    jobs.start("exllamav2", "install")
+    eventually(lambda: "compiling" in jobs.view().words, 20)
+    for action in ("install", "test", "remove"):
+        with pytest.raises(InstallFailed, match="exllamav2 is busy: compiling"):
+            jobs.start("exllamav3", action)
+    jobs.close()  # the program ends: the next start goes on
+    assert "cancelled" in ended(jobs).error and environments.is_wanted("exllamav2")
+
+    jobs.start("exllamav2", "install")
+    eventually(lambda: "compiling" in jobs.view().words, 20)
+    jobs.cancel()
+    assert "cancelled" in ended(jobs).error and not environments.is_wanted("exllamav2")
+    assert environments.get("exllamav2").problem == "The installation was cancelled."
+
+    jobs, done = running_jobs(begun)
+    jobs.start("exllamav2", "install")
+    assert ended(jobs).error == "" and done[0].state == "ready" and not environments.is_wanted("exllamav2")
+    assert any("compiling" in line for line in jobs.view().lines) and "ok: import: fine" in jobs.view().lines
+    jobs.start("exllamav2", "test")
+    assert ended(jobs).error == ""
+    jobs.start("exllamav2", "remove")
+    assert ended(jobs).error == "" and [e.state for e in done] == ["ready", "ready", "absent"]
+    assert not environments.is_wanted("exllamav2") and environments.is_wanted("exllamav3")
+
+
+def test_a_job_ends_whatever_happens(home: Path) -> None:
+    changes: list[int] = []
+
+    def surprise():
+        raise RuntimeError("nobody thought of this")
+
+    environments = Environments(home, cards=surprise, variables={})
+    jobs = EngineJobs(environments, on_change=lambda: changes.append(1))
+    jobs.start("exllamav2", "install")
+    assert ended(jobs).error == "RuntimeError: nobody thought of this" and changes
+    (home / ".engines").write_text("no folder")
+    jobs, _ = running_jobs(home)
+    jobs.start("exllamav2", "install")
+    assert "exists" in ended(jobs).error or "Not a directory" in ended(jobs).error
+    with pytest.raises(InstallFailed, match="'paint' is none of these"):
+        jobs.start("exllamav2", "paint")
+    with pytest.raises(InstallFailed, match="no engine 'gpt'"):
+        jobs.start("gpt", "install")
+
+
+def buttons(html: str) -> list[str]:
+    found = re.findall(r'<button [^>]*"(exllamav\d)" data-action="(\w+)"[^>]*?( disabled)?>', html)
+    return ["".join([name, " ", action, off]) for name, action, off in found]
+
+
+def test_the_page_shows_states_and_buttons_and_escapes(begun: Path) -> None:
+    jobs, _ = running_jobs(begun, FAKE_BUILD_S="60")
+    page = SystemPage(jobs)
+    (begun / ".engines" / "exllamav2" / "problem.txt").write_text("<script>alert(1)</script>")
+    html = page.html()
+    assert "&lt;script&gt;" in html and "<script>" not in html
+    assert "not complete" in html and "not installed" in html and "Install again" in html
+    assert buttons(html) == ["exllamav2 install", "exllamav2 remove", "exllamav3 install"]
+    page.act("exllamav2", "install")
+    eventually(lambda: "compiling" in page.html(), 20)
+    html = page.html()
+    assert buttons(html) == ["exllamav2 cancel", "exllamav3 install disabled"] and 'role="progressbar"' in html
+    page.act("exllamav2", "cancel")
+    ended(jobs)
+    assert "The installation was cancelled." in page.html()
+    with pytest.raises(InstallFailed, match="no engine"):
+        page.act("<b>", "install")
+
+
+# The program ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(begun: Path) -> Path:
+    """A copy of Turntable in which engines can be installed, with the tools and wheels of the tests."""
+    place = begun.parent / "turntable"
+    shutil.copytree(ROOT / "modules", place / "modules", ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "modules" / "engines" / "selftest.py").write_text(SELFTEST)
+    shutil.copy(ROOT / "app.py", place)
+    for name in NAMES:
+        shutil.copy(begun / f"requirements-{name}.txt", place)
+    for name in ("presets", "demo"):
+        (place / name).symlink_to(ROOT / name)
+    shutil.copytree(begun / ".engines", place / ".engines", symlinks=True)
+    return place
+
+
+def program(checkout: Path, *arguments: str, **variables: str) -> subprocess.Popen:
+    tools = checkout.parent
+    # Without the variables of coverage.py: it would count this copy as code of its own.
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("COVERAGE")},
+        "PATH": os.pathsep.join([str(tools / "tools"), os.environ["PATH"]]), "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tools / "wheels"), "CUDA_HOME": str(tools / "toolkit"),
+        "TURNTABLE_CUDA_ARCHS": "8.9", "TURNTABLE_ENGINE_DISK_BYTES": "1000", **variables,
+    }  # fmt: skip
+    command = [sys.executable, str(checkout / "app.py"), "--data-dir", str(checkout / "data"), *arguments]
+    return subprocess.Popen(
+        command, cwd=checkout, env=environment, stdin=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def engines(checkout: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    child = program(checkout, "engines", *arguments, **variables)
+    said, _ = child.communicate(timeout=60)
+    return child.returncode, said
+
+
+def test_engines_in_the_terminal(checkout: Path) -> None:
+    code, said = engines(checkout)
+    states = [line.split()[:2] for line in said.splitlines()]
+    assert code == 0 and states == [["exllamav2", "broken"], ["exllamav3", "absent"]]
+    child = program(checkout, "engines", "install", "exllamav2", FAKE_BUILD_S="60")
+    assert child.stdout is not None
+    while "compiling" not in child.stdout.readline():
+        pass
+    eventually(lambda: compilers(checkout), 10)
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=10)
+    assert child.returncode == 130 and "Cancelled." in said and "Traceback" not in said
+    eventually(lambda: not compilers(checkout), 3)
+    code, said = engines(checkout, "install", "exllamav2")
+    assert code == 0 and "ok: import: fine" in said and said.endswith("exllamav2: ready\n")
+    assert engines(checkout, "test", "exllamav2", FAKE_TEST="3")[0] == 3
+    code, said = engines(checkout, "test", "exllamav2", FAKE_TEST="1")
+    assert code == 1 and "NOT OK: numbers: wrong" in said and said.endswith("failed, numbers: wrong\n")
+    code, said = engines(checkout, "remove", "exllamav2", "--yes")
+    assert code == 0 and "GB freed" in said
+    assert engines(checkout, "remove", "exllamav2") == (0, "exllamav2 is not installed.\n")
+    for arguments, code, words in (
+        (("install", "exllamav2"), 1, "CUDA 12"), (("test", "exllamav2"), 1, "not installed"),
+        (("install",), 2, "name the engine"), (("remove", "gpt"), 1, "no engine 'gpt'"),
+    ):  # fmt: skip
+        found = engines(checkout, *arguments, FAKE_CUDA="12.4", PIP_FIND_LINKS="/nonexistent")
+        lines = [line for line in found[1].splitlines() if "looking at" not in line]
+        assert found[0] == code and len(lines) == 1 and words in lines[0], found
+
+
+def test_the_first_start_installs_in_the_background_and_a_removed_engine_stays_away(checkout: Path) -> None:
+    environments = made(checkout)
+    wanted = checkout / ".engines" / "exllamav2"
+
+    def stopped(server: subprocess.Popen) -> str:
+        server.send_signal(signal.SIGTERM)
+        said, _ = server.communicate(timeout=20)
+        assert server.returncode == 0 and "Traceback" not in said, said
+        return said
+
+    def started(**variables: str) -> tuple[subprocess.Popen, int]:
+        port = free_port()
+        return program(checkout, "--port", str(port), **variables), port
+
+    servers = []
+    try:
+        # The page does not wait for the engine, and the end of the program ends the compilers.
+        server, port = started(FAKE_BUILD_S="60")
+        servers.append(server)
+        eventually(lambda: compilers(checkout), 20)
+        eventually(lambda: is_ready(port), 20)
+        assert "is being installed in the background" in stopped(server) and not compilers(checkout)
+        assert environments.get("exllamav2").state == "broken"
+        # The next start goes on with it.
+        server, port = started()
+        servers.append(server)
+        eventually(lambda: environments.get("exllamav2").state == "ready", 20)
+        said = stopped(server)
+        assert "engine exllamav2: compiling exllamav2 for 8.9" in said and "engine exllamav2: ready" in said
+        assert environments.remove("exllamav2") > 0
+        server, port = started()
+        servers.append(server)
+        eventually(lambda: is_ready(port), 20)
+        assert "installed" not in stopped(server) and not wanted.exists()
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+def is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=2) as reply:
+            return bool(json.load(reply)["ready"])
+    except OSError:
+        return False
 
 
 def test_an_unknown_engine_is_an_error(home: Path) -> None:
@@ -261,16 +667,18 @@ def test_the_real_requirements_name_what_the_children_import() -> None:
         assert "jinja2" in text
 
 
-def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(home: Path) -> None:
+def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(begun: Path) -> None:
     seen: list[object] = []
     done: list[str] = []
     jobs = EngineJobs(
-        made(home, FAKE_BUILD_S="1"), on_change=lambda: seen.append(jobs.view()), on_done=lambda e: done.append(e.state)
+        made(begun, FAKE_BUILD_S="0.5"),
+        on_change=lambda: seen.append(jobs.view()),
+        on_done=lambda e: done.append(e.state),
     )
     page = SystemPage(jobs)
     assert jobs.view() is None
     assert 'data-action="install"' in page.html()
-    assert 'data-action="remove"' not in page.html()
+    assert 'data-action="test"' not in page.html()
     page.act("exllamav2", "install")
     with pytest.raises(InstallFailed, match="is busy"):
         jobs.start("exllamav3", "install")
@@ -292,26 +700,25 @@ def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(home: Path) -> None:
     jobs.close()
 
 
-def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(home: Path) -> None:
-    jobs = EngineJobs(made(home, FAKE_BUILD_FAILS="<b>1"))
+def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(begun: Path) -> None:
+    jobs = EngineJobs(made(begun, FAKE_BUILD_FAILS="<b>1"))
     page = SystemPage(jobs)
     page.act("exllamav2", "install")
     eventually(lambda: not jobs.view().running, 60)
     assert "cublas_v2.h" in jobs.view().error
     assert 'role="alert"' in page.html()
     assert "Install again" in page.html()
-    jobs = EngineJobs(made(home, FAKE_BUILD_S="60"))
+    jobs = EngineJobs(made(begun, FAKE_BUILD_S="60"))
     jobs.start("exllamav2", "install")
-    eventually(lambda: "compiling" in (jobs.view().words or ""), 60)
+    eventually(lambda: "compiling" in jobs.view().words, 60)
     SystemPage(jobs).act("", "cancel")
     eventually(lambda: not jobs.view().running, 20)
     assert "cancelled" in jobs.view().error
 
 
-def test_foreign_text_on_the_page_is_escaped(home: Path) -> None:
-    folder = home / ".engines" / "exllamav2"
-    folder.mkdir(parents=True)
+def test_foreign_text_on_the_page_is_escaped(begun: Path) -> None:
+    folder = begun / ".engines" / "exllamav2"
     (folder / "install.log").write_text("<script>alert(1)</script>")
-    text = SystemPage(EngineJobs(made(home))).html()
+    text = SystemPage(EngineJobs(made(begun))).html()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text

@@ -66,3 +66,13 @@ def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
         read(["--nonsense"], {})
     assert "unrecognized" in capsys.readouterr().err
+
+
+def test_engines_and_whether_they_are_installed_unasked():
+    s = read(["engines"], {})
+    assert (s.command, s.action, s.what, s.yes, s.install_engines) == ("engines", "list", "", False, True)
+    s = read(["engines", "remove", "exllamav2", "--yes"], {"TURNTABLE_INSTALL_ENGINES": "no"})
+    assert (s.action, s.what, s.yes, s.install_engines) == ("remove", "exllamav2", True, False)
+    assert read(["--install-engines", "auto"], {"TURNTABLE_INSTALL_ENGINES": "no"}).install_engines
+    with pytest.raises(SettingsError, match="use auto or no"):
+        read(["--install-engines", "always"], {})
