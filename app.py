@@ -13,6 +13,7 @@ import json
 import logging
 import logging.handlers
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
 from modules.terminal import Asked, Terminal
+from modules.ui.downloads import DownloadsPanel
 from modules.ui.system import SystemPage
 
 log = logging.getLogger("turntable")
@@ -178,23 +180,44 @@ def run_engines(settings: Settings) -> int:
     if not settings.what:
         raise SettingsError(f"engines {settings.action}: name the engine.", hint="exllamav2 or exllamav3.")
     if settings.action == "remove":
-        print(f"{settings.what} removed, {environments.remove(settings.what) / 1e9:.1f} GB freed.")
-        return 0
+        return remove_engine(environments, settings)
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
     said = [""]
 
     def tell(step: Step) -> None:
         if step.words != said[0]:
             said[0] = step.words
-            print(f"{step.fraction:4.0%}  {step.words}", flush=True)
+            print(f"{clear}{step.fraction:4.0%}  {step.words}", flush=True)
+        if step.detail.startswith(("ok: ", "NOT OK: ")):
+            print(f"{clear}      {_printable(step.detail)}", flush=True)
+        elif clear:
+            line = f"{step.fraction:4.0%}  {_printable(step.detail or step.words)}"
+            print(clear + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     try:
         change = environments.install if settings.action == "install" else environments.test
         found = change(settings.what, tell)
     except KeyboardInterrupt:
-        print("Cancelled. The same command goes on where it stopped.")
+        print(f"{clear}Cancelled. The same command goes on where it stopped.")
         return 130
-    print(f"{found.name}: {found.state}{f', {found.problem}' if found.problem else ''}")
+    print(f"{clear}{found.name}: {found.state}{f', {found.problem}' if found.problem else ''}")
+    if settings.action == "test" and found.state == "untested":
+        return 3  # there is no card to try it on
     return 0 if found.usable else 1
+
+
+def remove_engine(environments: Environments, settings: Settings) -> int:
+    """Asks a person first; a script says what it wants by calling this."""
+    found = environments.get(settings.what, sized=True)
+    if found.state == "absent":
+        print(f"{found.name} is not installed.")
+        return 0
+    if sys.stdin.isatty() and not settings.yes:
+        answer = input(f"Delete {found.folder}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
+            return 1
+    print(f"{found.name} removed, {environments.remove(found.name) / 1e9:.1f} GB freed.")
+    return 0
 
 
 # The server ---------------------------------------------------------------------------
@@ -217,10 +240,14 @@ def serve(settings: Settings) -> int:
     assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     jobs = EngineJobs(
-        Environments(), on_change=lambda: hub[0].system_changed() if hub else None,
+        Environments(), on_change=lambda: hub[0].panel_changed("system") if hub else None,
         on_done=lambda found: take_engine(found, assistant, settings),
     )  # fmt: skip
-    live = Live(assistant, system=SystemPage(jobs))
+    downloads = Downloads(
+        assistant.library, on_change=lambda view: hub[0].panel_changed("downloads") if hub else None
+    )
+    panels: dict[str, Any] = {"system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets)}
+    live = Live(assistant, panels=panels)
     hub.append(live)
     install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -249,6 +276,7 @@ def serve(settings: Settings) -> int:
         server.run(sockets=[listener])
     finally:
         jobs.close()
+        downloads.close()
         assistant.close()
         lock.close()
         log.info("Turntable has ended")
@@ -266,9 +294,14 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings) ->
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:
-    """On a machine with a card that ExLlamaV2 runs on, set it up in the background at the first start."""
-    if not settings.install_engines or jobs.environments.get("exllamav2").state != "absent":
+    """On a machine with a card that ExLlamaV2 runs on, set it up in the background at the first start.
+
+    One that was cut off is taken up again; one that a person removed or cancelled, or that failed, is left alone.
+    """
+    if not settings.install_engines or not jobs.environments.is_wanted("exllamav2"):
         return
+    if not jobs.environments.has_driver():
+        return  # most machines without a card: nothing to say
     try:
         jobs.environments.check("exllamav2")
         jobs.start("exllamav2", "install")

@@ -297,11 +297,15 @@ class _Hub:
         parts = urlsplit(self.endpoint)
         self._origin = (parts.scheme, parts.netloc)
         self._plain = parts.scheme == "http" and parts.hostname in _LOOPBACK
-        if not self._plain and parts.scheme != "https":
+
+    def _must_be_encrypted(self) -> None:
+        """Checked at every use and not before: a wrong HF_ENDPOINT must not keep the program from starting."""
+        if not self._plain and self._origin[0] != "https":
             raise SourceUnreachable(f"The hub's address {self.endpoint} is not encrypted.", hint="Use https.")
 
     def info(self, ref: Ref) -> Any:
         """The hub's description of the repository at the revision."""
+        self._must_be_encrypted()
         api = HfApi(endpoint=self.endpoint, token=self._token() or False)
         with self._foreign(ref), self._sense(ref):
             found = api.model_info(
@@ -339,6 +343,7 @@ class _Hub:
         raise SourceUnreachable(f"The hub sends requests for {name} in a circle.")
 
     def _get(self, url: str, start: int) -> Any:
+        self._must_be_encrypted()
         # The token is for the hub; a redirect leads to a storage host, whose address carries its own permission.
         parts = urlsplit(url)
         token = self._token() if (parts.scheme, parts.netloc) == self._origin else None

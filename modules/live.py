@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from starlette.concurrency import run_in_threadpool
@@ -136,11 +137,11 @@ class _Answer:
             self._stage = None
 
 
-class SystemPanel(Protocol):
-    """What stands behind the System page."""
+class Panel(Protocol):
+    """A part of the page that the server draws: the engines, the downloads."""
 
     def html(self) -> str:
-        """The page; blocks."""
+        """What it shows; blocks."""
 
     def act(self, name: str, action: str) -> None:
         """A button was pressed; raises TurntableError."""
@@ -152,7 +153,7 @@ class _Page:
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         self.shows: dict[str, str | None] = {}  # preset -> conversation
-        self.system = False  # it has opened the System page
+        self.panels: set[str] = set()  # those that it has opened
         self.outbox: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
         self.behind_since_s = 0.0
 
@@ -170,10 +171,10 @@ class Live:
     """The hub. start() is called on the event loop before the first page comes."""
 
     def __init__(
-        self, assistant: Assistant, most_image_bytes: int = 20_000_000, system: SystemPanel | None = None
+        self, assistant: Assistant, most_image_bytes: int = 20_000_000, panels: Mapping[str, Panel] | None = None
     ) -> None:
-        self._assistant, self._most_image_bytes, self._system = assistant, most_image_bytes, system
-        self._system_changed = False
+        self._assistant, self._most_image_bytes, self._panels = assistant, most_image_bytes, panels or {}
+        self._panels_changed: set[str] = set()
         self._pages: set[_Page] = set()
         self._answers: dict[str, _Answer] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -209,9 +210,9 @@ class Live:
         """Something of the loader changed."""
         self._wake()
 
-    def system_changed(self) -> None:
-        """Something of the engines changed."""
-        self._system_changed = True
+    def panel_changed(self, name: str) -> None:
+        """Something that this panel shows changed."""
+        self._panels_changed.add(name)
         self._wake()
 
     def _job_changed(self, job: Job) -> None:
@@ -262,17 +263,20 @@ class Live:
         if self._chats_changed:
             self._chats_changed = False
             self._to_all(self._list_frame())
-        if self._system_changed and self._loop is not None:
-            self._system_changed = False
-            self._tasks.add(task := self._loop.create_task(self._send_system()))
+        changed, self._panels_changed = self._panels_changed, set()
+        if changed and self._loop is not None:
+            self._tasks.add(task := self._loop.create_task(self._send_panels(changed)))
             task.add_done_callback(self._tasks.discard)
 
-    async def _send_system(self) -> None:
-        pages = [page for page in self._pages if page.system]
-        if pages and self._system is not None:
-            frame = json.dumps({"t": "system", "html": await run_in_threadpool(self._system.html)})
+    async def _send_panels(self, names: set[str]) -> None:
+        for name in names & set(self._panels):
+            pages = [page for page in self._pages if name in page.panels]
+            frame = await self._panel_frame(name) if pages else ""
             for page in pages:
                 page.push(frame)
+
+    async def _panel_frame(self, name: str) -> str:
+        return json.dumps({"t": "panel", "name": name, "html": await run_in_threadpool(self._panels[name].html)})
 
     def _end(self, answer: _Answer) -> None:
         """The last frame. The pages have the text already; drawing a long one once more would stall them."""
@@ -358,8 +362,8 @@ class Live:
             where = said
             action = {
                 "open": self._do_open, "send": self._do_send, "stop": self._do_stop,
-                "delete": self._do_delete, "earlier": self._do_earlier, "system": self._do_system,
-                "engine": self._do_engine,
+                "delete": self._do_delete, "earlier": self._do_earlier, "panel": self._do_panel,
+                "act": self._do_act,
             }.get(str(where.get("do")))  # fmt: skip
             if action is None:
                 raise InvalidRequest(f"The page sent an unknown command {where.get('do')!r}.")
@@ -429,14 +433,15 @@ class Live:
         frame = {"t": "earlier", "preset": said.get("preset"), "chat": chat, "messages": messages}
         page.push(json.dumps({**frame, "earlier": len(found) > PAGE_MESSAGES}))
 
-    async def _do_system(self, page: _Page, said: dict[str, Any]) -> None:
-        page.system = True
-        if self._system is not None:
-            page.push(json.dumps({"t": "system", "html": await run_in_threadpool(self._system.html)}))
+    async def _do_panel(self, page: _Page, said: dict[str, Any]) -> None:
+        name = str(said["name"])
+        page.panels.add(name)
+        if name in self._panels:
+            page.push(await self._panel_frame(name))
 
-    async def _do_engine(self, page: _Page, said: dict[str, Any]) -> None:
-        if self._system is not None:
-            await run_in_threadpool(self._system.act, str(said["name"]), str(said["action"]))
+    async def _do_act(self, page: _Page, said: dict[str, Any]) -> None:
+        panel = self._panels[str(said["panel"])]
+        await run_in_threadpool(panel.act, str(said["name"]), str(said["action"]))
 
     def _message(self, m: ChatMessage, job: Job | None = None, with_text: bool = True) -> dict[str, Any]:
         """One stored message, rendered."""

@@ -101,6 +101,7 @@ def _system_page() -> None:
 
 def _models_page(assistant: Assistant, broken: list[BrokenPreset]) -> None:
     with gr.Column(elem_classes="page"):
+        gr.HTML('<div id="downloads-page" class="models" aria-live="off"></div>', padding=False)
         listing = gr.HTML(models.listing(assistant, broken), elem_id="models-list", padding=False)
         refresh = gr.Button("Look again", elem_id="models-refresh", size="sm", scale=0)
     refresh.click(

@@ -31,7 +31,7 @@ def _broken(preset: BrokenPreset) -> str:
 
 
 def _preset(preset: Preset, states: list[VariantState]) -> str:
-    rows = "".join(_row(state) for state in states)
+    rows = "".join(_row(preset.name, state) for state in states)
     return (
         f"<section><h3>{html.escape(preset.title)}</h3><p>{html.escape(preset.about)}</p><div class='scroll'><table><thead><tr>"
         "<th>Variant</th><th>Engine</th><th>bpw</th><th>Cache mode</th><th>Context</th><th>Size</th>"
@@ -40,16 +40,18 @@ def _preset(preset: Preset, states: list[VariantState]) -> str:
     )
 
 
-def _row(state: VariantState) -> str:
+def _row(preset: str, state: VariantState) -> str:
     v = state.variant
     bpw = f"{v.bpw:g}" if v.bpw else "–"
     size = f"{v.size_bytes / 1e9:.1f} GB" if v.size_bytes >= 100_000_000 else f"{v.size_bytes / 1e6:.1f} MB"
     badge = f'<span class="badge {state.state}">{"answers" if state.chosen else WORDS[state.state]}</span>'
     note = f"<br><small>{html.escape(state.why)}</small>" if state.state in ("damaged", "does_not_fit") else ""
     command = ""
+    if v.repo and state.state == "not_downloaded":
+        command = _get(preset, v.id)
     if state.command and state.state in ("not_downloaded", "engine_missing", "damaged"):
-        command = (
-            f'<details><summary>Get it</summary><div class="command"><code>{html.escape(state.command)}</code>'
+        command += (
+            f'<details><summary>{"By hand" if command else "Get it"}</summary><div class="command"><code>{html.escape(state.command)}</code>'
             '<button type="button" class="copy" data-copy>Copy</button></div></details>'
         )
     licence = f"<br><small>{html.escape(v.licence)}</small>" if v.licence else ""
@@ -62,6 +64,11 @@ def _row(state: VariantState) -> str:
 
 # What the bar shows apart; the rest is drawn as one.
 PARTS = (("weights", "Weights"), ("KV cache", "KV cache"), ("vision tower", "Vision tower"))
+
+
+def _get(preset: str, variant: str) -> str:
+    name = html.escape(f"{preset}/{variant}")
+    return f'<br><button type="button" class="get" data-panel="downloads" data-name="{name}" data-action="start">Download</button>'
 
 
 def _memory(state: VariantState) -> str:

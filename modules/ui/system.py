@@ -86,10 +86,11 @@ def _progress(job: EngineJob) -> str:
 
 def _buttons(environment: Environment, running: bool, job: EngineJob | None) -> str:
     def button(action: str, label: str, extra: str = "") -> str:
-        return f'<button type="button" data-engine="{environment.name}" data-action="{action}"{extra}>{label}</button>'
+        where = f'data-panel="system" data-name="{environment.name}"'
+        return f'<button type="button" {where} data-action="{action}"{extra}>{label}</button>'
 
     if running:
-        return button("cancel", "Cancel") if job and job.action == "install" else ""
+        return button("cancel", "Cancel") if job and job.action in ("install", "test") else ""
     off = " disabled" if job is not None and job.running else ""
     about = f"Install (5 GB, about {ABOUT_MINUTES[environment.name]} minutes)"
     out = []

@@ -152,7 +152,8 @@ def test_the_system_page_shows_the_engines_and_what_can_be_done(drive):
     assert drive.page.locator("#engine-exllamav2 button").count() >= 1
     # A removal asks first, an unknown engine is refused in words.
     drive.page.evaluate("""document.querySelector('#system-page').insertAdjacentHTML('beforeend',
-        '<button type="button" id="odd" data-engine="gpt" data-action="remove" data-sure="Remove?">x</button>')""")
+        '<button type="button" id="odd" data-panel="system" data-name="gpt" data-action="remove" '
+        + 'data-sure="Remove?">x</button>')""")
     drive.page.click("#odd")
     assert drive.page.inner_text("#odd") == "Remove?"
     drive.page.click("#odd")

@@ -5,6 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
+  const panels = { system: 'system', models: 'downloads' }; // tab -> the part of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
@@ -31,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (current === 'system') tell({ do: 'system' }); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (panels[current]) tell({ do: 'panel', name: panels[current] }); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -51,9 +52,12 @@
   }
 
   const handlers = {
-    system(f) {
-      const place = $('#system-page');
-      if (place && place.innerHTML !== f.html) place.innerHTML = f.html;
+    panel(f) {
+      const place = $(`#${f.name}-page`);
+      if (!place) return;
+      const ready = () => $$('[data-state=done]', place).length, before = ready();
+      place.innerHTML = f.html;
+      if (f.name === 'downloads' && ready() > before) $('#models-refresh').click(); // a model came: the list is old
     },
     status(f) {
       const bar = $('#status-bar'), dot = $('#status .dot'), name = $('#status-model');
@@ -260,7 +264,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    if (name === 'system') tell({ do: 'system' });
+    if (panels[name]) tell({ do: 'panel', name: panels[name] });
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
@@ -288,12 +292,12 @@
     } else if ((hit = at('.example'))) {
       const preset = hit.closest('.log').dataset.preset, box = boxOf(preset);
       if (JSON.parse(hit.closest('.log').dataset.about).task === 'vision' && !(trays[preset] || []).length) { fill(box, hit.textContent); box.focus(); } else send(preset, hit.textContent);
-    } else if ((hit = at('[data-engine]'))) {
+    } else if ((hit = at('[data-panel]'))) {
       if (hit.dataset.sure && !hit.classList.contains('sure')) {
         const label = hit.textContent;
         hit.classList.add('sure'); hit.textContent = hit.dataset.sure;
         setTimeout(() => { hit.classList.remove('sure'); hit.textContent = label; }, 3000);
-      } else tell({ do: 'engine', name: hit.dataset.engine, action: hit.dataset.action });
+      } else tell({ do: 'act', panel: hit.dataset.panel, name: hit.dataset.name, action: hit.dataset.action });
     } else if (at('.get-model')) go('models');
     else if ((hit = at('[data-copy]'))) copy(hit, (hit.closest('.code') ? $('code', hit.closest('.code')) : $('code', hit.parentElement)).textContent);
     else if ((hit = at('.copy-all'))) copy(hit, $('.text', hit.closest('.msg')).innerText);
