@@ -578,6 +578,11 @@ class Hardware:
         self._sampler: threading.Thread | None = None
         self._wake = threading.Event()
 
+    @property
+    def models_dir(self) -> Path:
+        """The folder whose disk is reported."""
+        return self._models_dir
+
     # Reading ---------------------------------------------------------------------------
 
     def snapshot(self, max_age_s: float = 0.5) -> Machine:

@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (panels[current]) tell({ do: 'panel', name: panels[current] }); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); panel(current, document.hidden); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -56,7 +56,9 @@
       const place = $(`#${f.name}-page`);
       if (!place) return;
       const ready = () => $$('[data-state=done]', place).length, before = ready();
-      place.innerHTML = f.html;
+      const fresh = document.createElement('template');
+      fresh.innerHTML = f.html;
+      morph(place, fresh.content);
       if (f.name === 'downloads' && ready() > before) $('#models-refresh').click(); // a model came: the list is old
     },
     status(f) {
@@ -123,6 +125,28 @@
       toast(f.message, f.hint);
     },
   };
+  // A panel comes whole, once a second. What did not change is left alone, so that open details, the focus, a selection and a
+  // button that asks whether one is sure survive.
+  function morph(old, fresh) {
+    let at = old.firstChild;
+    const taken = new Set();
+    for (const next of [...fresh.childNodes]) {
+      const key = keyOf(next), same = key ? [...old.childNodes].find(n => keyOf(n) === key && !taken.has(n)) : at && !keyOf(at) && at.nodeName === next.nodeName ? at : null;
+      if (!same) { taken.add(next); old.insertBefore(next, at); continue; }
+      taken.add(same);
+      if (same === at) at = at.nextSibling; else old.insertBefore(same, at);
+      change(same, next);
+    }
+    while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
+  }
+  function keyOf(node) { const key = node.nodeType === 1 && (node.id || node.dataset.key); return key ? node.nodeName + key : ''; }
+  function change(old, next) {
+    if (old.nodeType !== 1) { if (old.data !== next.data && !(getSelection().type === 'Range' && getSelection().containsNode(old, true))) old.data = next.data; return; }
+    if (old.isEqualNode(next) || (old.classList.contains('sure') && old.dataset.action === next.dataset.action && !next.disabled)) return;
+    for (const { name, value } of [...next.attributes]) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    for (const { name } of [...old.attributes]) if (!next.hasAttribute(name) && !(name === 'open' && old.nodeName === 'DETAILS')) old.removeAttribute(name);
+    morph(old, next);
+  }
   const words = { unloading: 'Unloading for', reading: 'Loading', warming: 'Warming up', restoring: 'Bringing back', starting: 'Starting' };
   function take(frame) { if (handlers[frame.t]) handlers[frame.t](frame); }
   function logsOf(chat) { return presets().filter(p => shown[p] === chat).map(logOf); }
@@ -254,7 +278,10 @@
     log.append(make('article', { class: 'msg user' }, own)); // shown at once; the server's version replaces it
     down(log);
   }
+  function panel(tab, off) { if (panels[tab]) tell({ do: 'panel', name: panels[tab], off: !!off }); }
+  document.addEventListener('visibilitychange', () => panel(current, document.hidden));
   function go(name) {
+    if (name !== current) panel(current, true);
     const button = document.getElementById(`panel-${name}-button`) || $$('#tabs > .tab-wrapper button[role=tab]').find(b => b.textContent.trim() === tabTitle(name));
     if (button) button.click();
     current = name;
@@ -264,7 +291,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    if (panels[name]) tell({ do: 'panel', name: panels[name] });
+    panel(name);
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
