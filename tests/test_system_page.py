@@ -109,7 +109,7 @@ def test_a_card_tells_all_that_it_knows() -> None:
         "NVIDIA GeForce RTX 3060", "in use by other programs", "VRAM 12 GB", "Turntable 1 GB", "other programs 8 GB",
         "free 3 GB", "168 W of 170 W, 200 W by default", "71 °C slowed by heat", "97%", "1837 MHz of 3105 MHz",
         "405 MHz of 10501 MHz", "4.0 x8 of x16", "12.3 GB/s measured", "2 programs on this card", "blender 4242 8 GB",
-        "python worker (Turntable) 7 1 GB", "resting at 1.0", "not measured at most 32 GB/s",
+        "python worker (Turntable) 7 1 GB", "resting at 1.0", "– not measured; at most 32 GB/s",
     ):  # fmt: skip
         assert words in said, words
 

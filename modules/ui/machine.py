@@ -137,7 +137,7 @@ def _facts(card: Card) -> Iterator[tuple[str, str, str]]:
     if measured:
         yield "RAM to card", f"{measured / 1e9:.1f} GB/s", "measured"
     elif link.bytes_per_s:
-        yield "RAM to card", "not measured", f"at most {link.bytes_per_s / 1e9:.0f} GB/s"
+        yield "RAM to card", "–", f"not measured; at most {link.bytes_per_s / 1e9:.0f} GB/s"
 
 
 def _fact(name: str, value: str, remark: str) -> str:

@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); panel(current, document.hidden); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); document.body.classList.add('ready'); presets().forEach(open); panel(current, document.hidden); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -402,7 +402,6 @@
     presets().forEach(p => { const log = logOf(p); if (!log.childNodes.length) log.append(welcome(log)); });
     const wanted = [preset, (window.turntable || {}).preset, presets()[0]].find(p => p && document.getElementById('tab-' + p));
     go(wanted);
-    document.body.classList.add('ready');
     connect();
     // Gradio may draw a panel once more while it settles, which empties its log.
     let left = 20;
