@@ -24,20 +24,27 @@ from pathlib import Path
 from typing import Any
 
 from modules import settings as settings_module
+from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
-from modules.downloads import Downloads
+from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, card_bytes
 from modules.errors import InstallFailed, SettingsError, TurntableError
+from modules.hardware import Hardware
 from modules.images import Images
 from modules.library import Library
 from modules.loader import Loader
+from modules.lookup import Lookup
 from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
+from modules.shelf import Shelf
 from modules.terminal import Asked, Terminal
 from modules.ui.downloads import DownloadsPanel
+from modules.ui.models import ModelsPanel
+from modules.ui.plan import Planning
+from modules.ui.shelf import ShelfPanel
 from modules.ui.system import SystemPage
 
 log = logging.getLogger("turntable")
@@ -227,8 +234,6 @@ def serve(settings: Settings) -> int:
     """Run until a signal says stop. Exit code 0, or 1 when the port or the data folder is taken."""
     lock = _lock(settings)
     listener = _listen(settings.port)
-    import uvicorn
-
     from modules.gate import Gate, GateRules
     from modules.live import Live
 
@@ -239,20 +244,55 @@ def serve(settings: Settings) -> int:
     hub: list[Live] = []
     assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
+    hardware = Hardware(settings.models_dir)
     jobs = EngineJobs(
         Environments(), on_change=lambda: hub[0].panel_changed("system") if hub else None,
         on_done=lambda found: take_engine(found, assistant, settings),
     )  # fmt: skip
-    downloads = Downloads(
-        assistant.library, on_change=lambda view: hub[0].panel_changed("downloads") if hub else None
-    )
-    panels: dict[str, Any] = {"system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets)}
-    live = Live(assistant, panels=panels)
+
+    def redraw(*names: str) -> None:
+        for name in names if hub else ():
+            hub[0].panel_changed(name)
+
+    def moved(view: JobView) -> None:
+        redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
+
+    downloads = Downloads(assistant.library, on_change=moved)
+    shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
+    models = ModelsPanel(
+        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(jobs.environments, assistant)),
+        lambda: redraw("models", "shelf"),
+    )  # fmt: skip
+    panels: dict[str, Any] = {
+        "system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
+    }  # fmt: skip
+    answerers = answerers_of(models, assistant, downloads)
+    live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
     install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     page = Page(settings, assistant, live, address)
     gate = Gate(page.application(), GateRules(max_body_bytes=MOST_BODY_BYTES))
+
+    server = _server(gate)
+    log.info("Turntable is on its way at %s", address)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        jobs.close()
+        downloads.close()
+        shelf.close()
+        assistant.close()
+        hardware.close()
+        lock.close()
+        log.info("Turntable has ended")
+    return 0
+
+
+def _server(gate: Any) -> Any:
+    """uvicorn, with limits, and signals that end it in order."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         """uvicorn sends itself the signal again once it has ended, which would skip what ends the engines."""
@@ -266,21 +306,11 @@ def serve(settings: Settings) -> int:
                 for sig, handler in before.items():
                     signal.signal(sig, handler)
 
-    server = Server(uvicorn.Config(
+    return Server(uvicorn.Config(
         gate, log_level="error", access_log=False, ws="websockets-sansio", ws_max_size=4_000_000, lifespan="on",
         timeout_graceful_shutdown=3, server_header=False, date_header=False, http="h11",
         h11_max_incomplete_event_size=65536,
     ))  # fmt: skip
-    log.info("Turntable is on its way at %s", address)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        jobs.close()
-        downloads.close()
-        assistant.close()
-        lock.close()
-        log.info("Turntable has ended")
-    return 0
 
 
 def take_engine(found: Environment, assistant: Assistant, settings: Settings) -> None:
@@ -291,6 +321,24 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings) ->
         assistant.kinds[found.name] = usable[found.name]
     else:
         assistant.kinds.pop(found.name, None)
+
+
+def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads) -> dict[str, Any]:
+    """What a single page may ask: the list for another machine, a repository, the plan of a model."""
+    planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
+    return {"models": models.ask, "look": planning.look, "plan": planning.plan}
+
+
+def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
+    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
+    found = dict.fromkeys(assistant.kinds, READY)
+    for name in NAMES:
+        if name in found:
+            continue
+        environment = environments.get(name)
+        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
+        found[name] = state
+    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:

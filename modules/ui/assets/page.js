@@ -5,7 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
-  const panels = { system: 'system', models: 'downloads' }; // tab -> the part of it that the server draws
+  const panels = { system: ['system'], models: ['downloads', 'models', 'shelf'] }; // tab -> the parts of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (panels[current]) tell({ do: 'panel', name: panels[current] }); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); draw(current); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -40,6 +40,7 @@
       setTimeout(connect, Math.min(4000, 250 * 2 ** tries++));
     };
   }
+  function draw(tab) { (panels[tab] || []).forEach(name => tell({ do: 'panel', name })); }
   function open(preset) { tell({ do: 'open', preset, chat: shown[preset] || null }); }
   function show(preset, chat) {
     shown[preset] = chat || null;
@@ -55,9 +56,7 @@
     panel(f) {
       const place = $(`#${f.name}-page`);
       if (!place) return;
-      const ready = () => $$('[data-state=done]', place).length, before = ready();
       place.innerHTML = f.html;
-      if (f.name === 'downloads' && ready() > before) $('#models-refresh').click(); // a model came: the list is old
     },
     status(f) {
       const bar = $('#status-bar'), dot = $('#status .dot'), name = $('#status-model');
@@ -264,7 +263,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    if (panels[name]) tell({ do: 'panel', name: panels[name] });
+    draw(name);
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
@@ -365,6 +364,8 @@
     };
     document.body.append(dialog); dialog.showModal();
   }
+
+  Object.assign(window.turntable, { page: { handlers, tell, toast, $, $$ } }); // for models.js
 
   // Start: gradio builds the page after this script was read ---------------------------------
   const wait = setInterval(() => {
