@@ -26,21 +26,27 @@ from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
+from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
-from modules.downloads import Downloads
+from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
 from modules.hardware import Hardware, Machine
 from modules.images import Images
 from modules.library import Library, largest_weights
 from modules.loader import Loader
+from modules.lookup import Lookup
 from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
+from modules.shelf import Shelf
 from modules.terminal import Asked, Terminal
 from modules.ui.downloads import DownloadsPanel
+from modules.ui.models import ModelsPanel
+from modules.ui.plan import Planning
+from modules.ui.shelf import ShelfPanel
 from modules.ui.system import SystemPage, engine_states
 
 log = logging.getLogger("turntable")
@@ -306,18 +312,28 @@ def serve(settings: Settings) -> int:
     environments = Environments(cards=cards_of(hardware))
     tell_bus_speeds(environments, hardware)
 
-    def redraw() -> None:
-        if hub:
-            hub[0].panel_changed("system")
+    def redraw(*names: str) -> None:
+        for name in names if hub else ():
+            hub[0].panel_changed(name)
+
+    def moved(view: JobView) -> None:
+        redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
 
     take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
-    jobs = EngineJobs(environments, on_change=redraw, on_done=take)
-    system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=redraw)
-    downloads = Downloads(
-        assistant.library, on_change=lambda view: hub[0].panel_changed("downloads") if hub else None
-    )
-    panels: dict[str, Any] = {"system": system, "downloads": DownloadsPanel(downloads, assistant.presets)}
-    live = Live(assistant, panels=panels)
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
+    downloads = Downloads(assistant.library, on_change=moved)
+    shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
+    models = ModelsPanel(
+        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
+        lambda: redraw("models", "shelf"),
+    )  # fmt: skip
+    panels: dict[str, Any] = {
+        "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
+    }  # fmt: skip
+    answerers = answerers_of(models, assistant, downloads)
+    live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
     ended = threading.Event()
     wait_for_cards(settings, assistant, hardware, ended)
@@ -335,6 +351,7 @@ def serve(settings: Settings) -> int:
         system.close()
         jobs.close()
         downloads.close()
+        shelf.close()
         assistant.close()
         hardware.close()
         lock.close()
@@ -393,6 +410,24 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings, ha
         assistant.kinds[found.name] = usable[found.name]
     else:
         assistant.kinds.pop(found.name, None)
+
+
+def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads) -> dict[str, Any]:
+    """What a single page may ask: the list for another machine, a repository, the plan of a model."""
+    planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
+    return {"models": models.ask, "look": planning.look, "plan": planning.plan}
+
+
+def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
+    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
+    found = dict.fromkeys(assistant.kinds, READY)
+    for name in NAMES:
+        if name in found:
+            continue
+        environment = environments.get(name)
+        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
+        found[name] = state
+    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:

@@ -186,6 +186,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Look:
+    """weights: top-level GGUF and safetensors files of the branch that was looked at, to bytes; branches: all names."""
+
+    weights: dict[str, int]
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class JobView:
     """A job as people see it. left_s is None where nothing can be said yet; note says what is waited for."""
 
@@ -1000,6 +1008,33 @@ class Downloads:
         patience = _Patience(threading.Event(), self._options, lambda sentence: None)
         return self._small_json(plan, next(entry for entry in plan.entries if entry.name == name), patience)
 
+    def look(self, repo: str, revision: str = "") -> Look:
+        """What a repository holds: its branches, and the weights of one of them, the main one where none is named.
+
+        Raises a DownloadError or ModelFilesUnsafe.
+        """
+        ref = Ref(repo, revision or "main")
+        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
+        found = _entries(ref, patience.call(lambda: self._hub.info(ref)))
+        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith((".gguf", ".safetensors"))}
+        return Look(weights, () if revision else tuple(self._hub.branches(ref)))
+
+    def read_head(self, plan: Plan, name: str, limit_bytes: int) -> bytes:
+        """The first bytes of a file of the plan: its header, without the weights. Nothing vouches for their hash."""
+        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
+
+        def fetch() -> bytes:
+            raw = bytearray()
+            with self._hub.stream(plan, name, 0) as response:
+                for block in response.iter_raw():
+                    raw += block
+                    if len(raw) >= limit_bytes:
+                        break
+            return bytes(raw[:limit_bytes])
+
+        found: bytes = patience.call(fetch)
+        return found
+
     def start(self, ref: Ref) -> JobView:
         """Begin or go on; the same ref is the same job. Errors come in the view, when they are known."""
         with self._turn:
@@ -1011,6 +1046,11 @@ class Downloads:
                 return job.view()
             self._spawn(job, before.thread if before else None)
             return job.view()
+
+    def is_writing(self, folder: Path) -> bool:
+        """Does a job under way put its files there?"""
+        with self._turn:
+            return any(job.target == folder and job.state in RUNNING for job in self._jobs.values())
 
     def resume(self, job_id: str) -> JobView:
         """Go on with a job that is paused or failed."""

@@ -830,10 +830,14 @@ class EngineJobs:
             error = f"{type(failure).__name__}: {failure}"
         if self._given_up and action == "install":
             self.environments.give_up(name, "The installation was cancelled.")
+        try:
+            self._on_done(self.environments.get(name))  # before it is called done: who sees that may use the engine
+        except Exception as failure:
+            log.exception("taking note of %s failed", name)
+            error = error or f"{type(failure).__name__}: {failure}"
         with self._lock:
             assert self._job is not None
             self._job = replace(self._job, running=False, error=error, hint=hint)
-        self._on_done(self.environments.get(name))
         self._on_change()
 
     def _work(self, name: str, action: str) -> None:

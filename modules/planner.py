@@ -251,9 +251,9 @@ def cards_of(machine: Machine) -> list[Card]:
     Everything that is not free counts as used: other programs' memory, and what the driver keeps for itself.
     """
     return [
-        Card(card.total_bytes, card.total_bytes - card.free_bytes, card.ours_bytes or 0)
+        Card(card.total_bytes, max(0, card.total_bytes - card.free_bytes), card.ours_bytes or 0)
         for card in machine.working_cards
-        if card.total_bytes is not None and card.free_bytes is not None
+        if card.total_bytes and card.free_bytes is not None
     ]
 
 
@@ -1022,16 +1022,22 @@ def plan_variant(variant: Variant, gpus: int = 1, *, vision: bool = True, tensor
     setup = replace(setup, vision=setup.vision and vision)
     notes: tuple[str, ...] = ()
     if tensors is None:
-        tensors = weight_bytes(setup)
-        predicted = file_bytes(setup, tensors)
-        if setup.quantization.kind == "gguf" and variant.projector and setup.shape.vision:
-            tower = vision_bytes(setup.shape.vision, scheme_of(variant.projector) or "F16")
-            tensors, predicted = replace(tensors, vision=tower), predicted + tower
-        off = variant.size_bytes - predicted
-        if variant.size_bytes and abs(off) > SIZE_TOLERANCE * variant.size_bytes and tensors.layers + off > 0:
-            tensors = replace(tensors, layers=tensors.layers + off)
-            notes = (f"The size comes from the preset; the arithmetic gives {in_gb(predicted)}.",)
+        tensors, notes = variant_tensors(variant, setup)
     return plan(setup, tensors, notes)
+
+
+def variant_tensors(variant: Variant, setup: Setup) -> tuple[TensorBytes, tuple[str, ...]]:
+    """Bytes of a variant's tensors by the arithmetic, corrected by the size that its preset states; and notes."""
+    tensors = weight_bytes(setup)
+    predicted = file_bytes(setup, tensors)
+    if setup.quantization.kind == "gguf" and variant.projector and setup.shape.vision:
+        tower = vision_bytes(setup.shape.vision, scheme_of(variant.projector) or "F16")
+        tensors, predicted = replace(tensors, vision=tower), predicted + tower
+    off = variant.size_bytes - predicted
+    if variant.size_bytes and abs(off) > SIZE_TOLERANCE * variant.size_bytes and tensors.layers + off > 0:
+        tensors = replace(tensors, layers=tensors.layers + off)
+        return tensors, (f"The size comes from the preset; the arithmetic gives {in_gb(predicted)}.",)
+    return tensors, ()
 
 
 # From files --------------------------------------------------------------------------------------------------------

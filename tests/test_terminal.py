@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.downloads import model
 from modules.downloads import Downloads, Options
-from modules.errors import InvalidRequest, ModelNotDownloaded, PresetNotFound
+from modules.errors import ModelFilesDamaged, ModelNotDownloaded, PresetNotFound
 from modules.library import Library
 from modules.planner import Card
 from modules.presets import Presets
@@ -118,7 +118,7 @@ def test_names_that_mean_nothing_are_errors_that_help(terminal) -> None:
         terminal.plan(Asked("main"), [])
     assert "mine" in str(caught.value)
     assert "OWNER/NAME@REVISION" in caught.value.hint
-    with pytest.raises(InvalidRequest, match="its own header"):
+    with pytest.raises(ModelFilesDamaged, match="does not say in its header"):
         terminal.plan(Asked("maker/gguf", file="x.gguf"), [])
 
 

@@ -33,9 +33,13 @@ class DownloadsPanel:
         return '<h3>Downloads</h3><div class="engines">' + "".join(map(_job, jobs)) + "</div>"
 
     def act(self, name: str, action: str) -> None:
-        """A button: start PRESET/VARIANT, or pause, resume or cancel a job by its id. Raises TurntableError."""
+        """A button: start PRESET/VARIANT, fetch what plan.py calls hub:REPOSITORY|FILE|PROJECTOR, or pause, resume or
+        cancel a job by its id. Raises TurntableError."""
         if action == "start":
             self._downloads.start(self._ref(name))
+        elif action == "fetch":
+            repo, file, projector = (*name.removeprefix("hub:").split("|"), "", "")[:3]
+            self._downloads.start(Ref.parse(repo, file, projector))
         elif action == "pause":
             self._downloads.pause(name)
         elif action == "resume":

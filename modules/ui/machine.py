@@ -32,7 +32,7 @@ def overview(machine: Machine, examination: Examination) -> str:
     problems = [f for f in examination.findings if f.level == PROBLEM]
     return (
         f'<p class="surroundings">{html.escape(" · ".join(parts))}</p>'
-        f'<p class="verdict {examination.level}"><b>{LEVELS[examination.level][0]}</b> '
+        f'<p class="verdict level-{examination.level}"><b>{LEVELS[examination.level][0]}</b> '
         f"{VERDICTS[examination.level]}.</p>{findings(problems)}"
     )
 
@@ -95,17 +95,17 @@ def _vram(card: Card) -> str:
         return "<p>This card does not tell its memory.</p>"
     shares: list[tuple[str, str, int | None]]
     if card.ours_bytes is not None and card.others_bytes is not None:
-        shares = [("ours", "Turntable", card.ours_bytes), ("others", "other programs", card.others_bytes)]
+        shares = [("h-ours", "Turntable", card.ours_bytes), ("h-others", "other programs", card.others_bytes)]
     else:
-        shares = [("others", "used, by whom is not told", card.used_bytes)]
-    shares += [("reserved", "driver", card.reserved_bytes), ("free", "free", card.free_bytes)]
+        shares = [("h-others", "used, by whom is not told", card.used_bytes)]
+    shares += [("h-driver", "driver", card.reserved_bytes), ("h-free", "free", card.free_bytes)]
     told = [(look, label, size) for look, label, size in shares if size is not None]
     bar = "".join(f'<i class="{look}" style="width:{100 * size / total:.2f}%"></i>' for look, _, size in told)
     legend = "".join(f'<span class="{look}"><i></i>{label} <b>{gib(size)}</b></span>' for look, label, size in told)
     words = ", ".join(f"{label} {gib(size)}" for _, label, size in told)
     return (
         f'<div class="vram" role="img" aria-label="VRAM: {html.escape(words)}">{bar}</div>'
-        f'<div class="legend"><span class="total">VRAM <b>{gib(total)}</b></span>{legend}</div>'
+        f'<div class="holders"><span class="total">VRAM <b>{gib(total)}</b></span>{legend}</div>'
     )
 
 
@@ -231,7 +231,7 @@ def _disk(disk: Disk, measuring: str) -> str:
     if disk.total_bytes and disk.free_bytes is not None:
         used = 100 - 100 * disk.free_bytes / disk.total_bytes
         parts.append(
-            f'<div class="vram" role="img" aria-label="Disk: {used:.0f} % used"><i class="others" style="width:{used:.1f}%"></i></div>'
+            f'<div class="vram" role="img" aria-label="Disk: {used:.0f} % used"><i class="h-others" style="width:{used:.1f}%"></i></div>'
             f"<p>{disk.free_bytes / 1e9:.0f} GB free of {disk.total_bytes / 1e9:.0f} GB</p>"
         )
     speed = disk.speed
@@ -264,7 +264,7 @@ def _tile(title: str, about: str, content: str) -> str:
 def requirements(rows: Sequence[Requirement]) -> str:
     """The table: what is asked for beside what is here."""
     body = "".join(
-        f'<tr class="{row.level}"><td><b class="mark" title="{LEVELS[row.level][1]}">{LEVELS[row.level][0]}</b> {html.escape(row.name)}</td>'
+        f'<tr class="level-{row.level}"><td><b class="mark" title="{LEVELS[row.level][1]}">{LEVELS[row.level][0]}</b> {html.escape(row.name)}</td>'
         f'<td data-label="Minimum">{html.escape(row.minimum)}</td><td data-label="Recommended">{html.escape(row.recommended)}</td>'
         f'<td data-label="This machine">{html.escape(row.found)}</td></tr>'
         for row in rows
@@ -296,7 +296,7 @@ def _finding(one: Finding) -> str:
     todo = f'<p class="todo">{_with_commands(one.what_to_do)}</p>' if one.what_to_do else ""
     role = ' role="alert"' if one.level == PROBLEM else ""
     return (
-        f'<div class="finding {one.level}" data-key="{key}"{role}><b class="mark">{LEVELS[one.level][0]}</b><div>'
+        f'<div class="finding level-{one.level}" data-key="{key}"{role}><b class="mark">{LEVELS[one.level][0]}</b><div>'
         f"<b>{html.escape(one.title)}</b><p>{html.escape(one.detail)}</p>{todo}</div></div>"
     )
 

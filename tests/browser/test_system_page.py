@@ -150,7 +150,7 @@ def test_a_card_that_vanishes_while_the_page_is_open(look, machine, width: int, 
     machine.plan.write()
     has(drive, "has disappeared", BOTH[0])
     has(drive, "fallen off the bus", BOTH[0])
-    has(drive, "Card 0 (RTX 4090) has disappeared", ".finding.problem")
+    has(drive, "Card 0 (RTX 4090) has disappeared", ".finding.level-problem")
     has(drive, "Something does not work as it is", ".verdict")
     assert too_wide(drive) == []
     # The other one goes on: a new figure arrives.
@@ -169,7 +169,7 @@ def test_a_driver_that_hangs_while_the_page_is_open(look, machine, width: int, h
     machine.plan.faults = [("*", "*", "hang")]
     machine.plan.write()
     try:
-        has(drive, "The NVIDIA driver does not answer", ".finding.problem")
+        has(drive, "The NVIDIA driver does not answer", ".finding.level-problem")
         has_not(drive, "168 W")
         assert too_wide(drive) == []
         # The processor's chart goes on, and so does everything else.
@@ -302,8 +302,8 @@ def test_a_start_with_a_driver_that_hangs(look, tmp_path_factory) -> None:
     try:
         machine.server.wait()
         drive = look(server=machine)
-        has(drive, "The NVIDIA driver does not answer", ".finding.problem")
-        has(drive, "models on the processor go on working", ".finding.problem")
+        has(drive, "The NVIDIA driver does not answer", ".finding.level-problem")
+        has(drive, "models on the processor go on working", ".finding.level-problem")
         drive.tab("assistant")
         drive.send("assistant", "What does 6.5 bpw mean?")
         assert "bits per weight" in drive.answer("assistant", timeout=PATIENCE_MS).lower()

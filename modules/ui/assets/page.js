@@ -5,7 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
-  const panels = { system: 'system', models: 'downloads' }; // tab -> the part of it that the server draws
+  const panels = { system: ['system'], models: ['downloads', 'models', 'shelf'] }; // tab -> the parts of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); document.body.classList.add('ready'); presets().forEach(open); panel(current, document.hidden); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); document.body.classList.add('ready'); presets().forEach(open); draw(current); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -40,6 +40,7 @@
       setTimeout(connect, Math.min(4000, 250 * 2 ** tries++));
     };
   }
+  function draw(tab, off) { (panels[tab] || []).forEach(name => tell({ do: 'panel', name, off: !!off })); }
   function open(preset) { tell({ do: 'open', preset, chat: shown[preset] || null }); }
   function show(preset, chat) {
     shown[preset] = chat || null;
@@ -55,11 +56,9 @@
     panel(f) {
       const place = $(`#${f.name}-page`);
       if (!place) return;
-      const ready = () => $$('[data-state=done]', place).length, before = ready();
       const fresh = document.createElement('template');
       fresh.innerHTML = f.html;
       morph(place, fresh.content);
-      if (f.name === 'downloads' && ready() > before) $('#models-refresh').click(); // a model came: the list is old
     },
     status(f) {
       const bar = $('#status-bar'), dot = $('#status .dot'), name = $('#status-model');
@@ -278,10 +277,10 @@
     log.append(make('article', { class: 'msg user' }, own)); // shown at once; the server's version replaces it
     down(log);
   }
-  function panel(tab, off) { if (panels[tab]) tell({ do: 'panel', name: panels[tab], off: !!off }); }
-  document.addEventListener('visibilitychange', () => panel(current, document.hidden));
+  // Only this one works as long as it is shown; the others would be drawn anew for nothing.
+  document.addEventListener('visibilitychange', () => { if (current === 'system') draw(current, document.hidden); });
   function go(name) {
-    if (name !== current) panel(current, true);
+    if (name !== current) draw(current, true);
     const button = document.getElementById(`panel-${name}-button`) || $$('#tabs > .tab-wrapper button[role=tab]').find(b => b.textContent.trim() === tabTitle(name));
     if (button) button.click();
     current = name;
@@ -291,7 +290,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    panel(name);
+    draw(name);
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
@@ -392,6 +391,8 @@
     };
     document.body.append(dialog); dialog.showModal();
   }
+
+  Object.assign(window.turntable, { page: { handlers, tell, toast, $, $$ } }); // for models.js
 
   // Start: gradio builds the page after this script was read ---------------------------------
   const wait = setInterval(() => {
