@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 
-from modules.downloads import RUNNING, Downloads, JobView, Ref, progress_line
+from modules.downloads import RUNNING, Downloads, JobView, progress_line
 from modules.errors import InvalidRequest
+from modules.hub import Ref
 from modules.presets import Presets
 
 WORDS = {
