@@ -616,6 +616,7 @@ class Downloads:
         on_change: Callable[[JobView], None] | None = None,
     ) -> None:
         self._library, self._options = library, options or Options()
+        self._token = token
         self._hub = Hub(endpoint, token, self._options.timeout_s)
         self._on_change = on_change
         self._home = library.models_dir / PARTIAL
@@ -733,6 +734,15 @@ class Downloads:
     def save_token(self, token: str) -> None:
         """Check a token with the hub and keep it where the hub library keeps it. Raises AccessDenied."""
         self._hub.login(token)
+
+    def forget_token(self) -> None:
+        """Delete the kept token."""
+        self._hub.logout()
+
+    @property
+    def has_token(self) -> bool:
+        """Is a token kept? It is never shown."""
+        return bool(self._token())
 
     # Threads --------------------------------------------------------------------------------
 

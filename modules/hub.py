@@ -315,10 +315,11 @@ class Hub:
             raise Transient(f"The hub {what}.", _retry_after(response.headers))
         page = f"{self.endpoint}/{ref.repo}"
         if code == "GatedRepo" or (status == _FORBIDDEN and code != "RepoNotFound"):
-            hint = f"Open {page}, accept the terms, and store a token of that account with `hf auth login`."
+            keep = "keep a token of that account: on the Models page, or by `hf auth login`"
+            hint = f"Open {page}, accept the terms, and {keep}."
             raise AccessDenied(f"{ref.repo} is handed out only to those who accepted its terms.", hint=hint)
         if status == _UNAUTHORIZED and code != "RepoNotFound" and self._token():
-            hint = "Store a new token with `hf auth login`, or remove the old one with `hf auth logout`."
+            hint = "Keep a new token on the Models page or by `hf auth login`, or forget the old one there."
             raise AccessDenied("The hub does not accept the stored token.", hint=hint)
         raise self._absent(ref, status, code, name)
 
@@ -353,6 +354,11 @@ class Hub:
             raise AccessDenied("The hub does not accept this token.", hint=hint) from None
         except (_library.transport_error, errors.OfflineModeIsEnabled):
             raise SourceUnreachable("The hub cannot be reached, so the token could not be checked.") from None
+
+    @staticmethod
+    def logout() -> None:
+        """Delete the token that the hub library keeps. A token in a variable of the environment stays."""
+        _library.logout()
 
     @staticmethod
     def cached(plan: Plan, entry: Entry, cache_dir: str = "") -> Path | None:

@@ -775,11 +775,18 @@ def test_a_token_is_kept_in_the_file_of_the_hub_library(hub, tmp_path):
         except AccessDenied as error:
             print(error)
         d.save_token({TOKEN!r})
-        print(stored_token() == {TOKEN!r})
+        print(stored_token() == {TOKEN!r}, d.has_token)
+        kept = (Path({str(tmp_path / "hf" / "token")!r})).read_text()
+        d.forget_token()
+        print(kept == {TOKEN!r}, d.has_token, stored_token())
     """
     home = tmp_path / "hf"
     said = python(script, HF_ENDPOINT=hub.endpoint, HF_HOME=str(home), HF_TOKEN="")
-    assert "The hub does not accept this token.\n" in said and "True" in said and TOKEN not in said
+    assert "The hub does not accept this token.\n" in said and TOKEN not in said
+    assert "True True\n" in said and "True False None\n" in said
+    assert not (home / "token").exists()
+    python(f"from modules.downloads import *\nDownloads(Library(Path('m'), Path('.'))).save_token({TOKEN!r})",
+           HF_ENDPOINT=hub.endpoint, HF_HOME=str(home), HF_TOKEN="")  # fmt: skip
     assert (home / "token").read_text() == TOKEN and (home / "token").stat().st_mode & 0o077 == 0
 
 
