@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import logging.handlers
@@ -23,16 +24,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from modules import doctor, planner
 from modules import settings as settings_module
 from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
-from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, card_bytes
+from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
-from modules.hardware import Hardware
+from modules.hardware import Hardware, Machine
 from modules.images import Images
-from modules.library import Library
+from modules.library import Library, largest_weights
 from modules.loader import Loader
 from modules.lookup import Lookup
 from modules.messages import Delta, Failed, Finished, Loading, Queued
@@ -45,19 +47,21 @@ from modules.ui.downloads import DownloadsPanel
 from modules.ui.models import ModelsPanel
 from modules.ui.plan import Planning
 from modules.ui.shelf import ShelfPanel
-from modules.ui.system import SystemPage
+from modules.ui.system import SystemPage, engine_states
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
+PATIENCE_S = 20.0  # of a command for a driver; one of many cards that nobody used for a while needs that long
+CARDS_AGAIN_S = 5.0
 
 
-def build(settings: Settings, chats: Chats, on_change: Callable[[], None]) -> Assistant:
+def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardware: Hardware) -> Assistant:
     """The objects without any network."""
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
     kinds |= engines_for_cards(settings)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
-    vram = settings.vram_budget_bytes or card_bytes()
+    vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
     loader = Loader(
         kinds, settings.memory_budget_bytes, vram_budget_bytes=vram, limits=limits, on_change=on_change
     )
@@ -96,7 +100,8 @@ def set_up_logging(settings: Settings) -> None:
 def ask(settings: Settings) -> int:
     """`ask PRESET TEXT`: print an answer, streamed, by the path that the page uses. Nothing is kept."""
     text = sys.stdin.read() if settings.ask_text == "-" else settings.ask_text
-    assistant = build(settings, Chats(":memory:"), lambda: None)
+    hardware = Hardware(settings.models_dir)
+    assistant = build(settings, Chats(":memory:"), lambda: None, hardware)
     try:
         images = [assistant.add_image(_read(path)).id for path in settings.ask_images]
         job = assistant.reply(None, text, images, settings.ask_preset)
@@ -107,6 +112,7 @@ def ask(settings: Settings) -> int:
             return 130
     finally:
         assistant.close()
+        hardware.close()
 
 
 def _read(path: Path) -> bytes:
@@ -166,18 +172,74 @@ def run_terminal(settings: Settings) -> int:
     library = Library(settings.models_dir, settings.bundled_dir)
     downloads = Downloads(library)
     terminal = Terminal(Presets(settings.preset_dirs), library, downloads, lambda text: print(text, end="", flush=True))
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
     asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
     try:
         if settings.command == "download":
-            return terminal.download(asked, sys.stdout.isatty(), settings.vram_budget_bytes)
-        return terminal.models() if settings.command == "models" else terminal.plan(asked, [])
+            vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
+            return terminal.download(asked, sys.stdout.isatty(), vram)
+        if settings.command == "models":
+            return terminal.models()
+        return terminal.plan(asked, planner.cards_of(hardware.snapshot()))
     finally:
         downloads.close()
+        hardware.close()
+
+
+def run_doctor(settings: Settings) -> int:
+    """`doctor`: this machine beside what Turntable needs; exit code 1 where something does not work as it is."""
+    hardware, environments = Hardware(settings.models_dir, limit_s=PATIENCE_S), Environments()
+    try:
+        tell_bus_speeds(environments, hardware)
+        machine = examined(settings, hardware)
+    finally:
+        hardware.close()
+    examination = doctor.examine(machine, engine_states(environments.list()), settings.pinned_memory_bytes)
+    if settings.as_json:
+        print(json.dumps({**examination.to_dict(), "machine": dataclasses.asdict(machine)}, indent=1))
+    else:
+        plain = not _can_print(doctor.MARKS[doctor.OK] + doctor.MARKS[doctor.PROBLEM] + "→°")
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        width = min(120, shutil.get_terminal_size((100, 24)).columns)
+        print(doctor.format_report(machine, examination, colour=colour, ascii_only=plain, width=width), end="")
+    return doctor.exit_code(examination)
+
+
+def examined(settings: Settings, hardware: Hardware) -> Machine:
+    """Two looks, since load is of the time between; what lies between them is the disk's reading speed."""
+    before = hardware.snapshot(0)
+    file = None if before.disk.words else largest_weights(settings.models_dir)
+    if file is None:
+        time.sleep(0.5)
+    else:
+        try:
+            hardware.measure_disk(file)
+        except OSError as error:
+            log.warning("The disk's reading speed was not measured: %s", error)
+    return hardware.snapshot(0)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:
+    """What the engines' self-tests measured of each card's link; the fastest, where several did."""
+    speeds: dict[str, float] = {}
+    for found in map(environments.get, NAMES):
+        for card, speed in found.bus_speeds.items():
+            speeds[card] = max(speed, speeds.get(card, 0.0))
+    for card, speed in speeds.items():
+        hardware.set_bus_speed(card, speed)
 
 
 def run_engines(settings: Settings) -> int:
     """`engines`: list them, or install, test or remove one, with progress."""
-    environments = Environments()
+    environments = Environments(cards=cards_of(Hardware(settings.models_dir, limit_s=PATIENCE_S)))
     if settings.action == "list":
         for found in environments.list():
             versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
@@ -242,13 +304,13 @@ def serve(settings: Settings) -> int:
     if broken:
         log.warning("%d answers were cut off when Turntable ended last time; they are marked", broken)
     hub: list[Live] = []
-    assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
+    built: list[Assistant] = []
+    hardware = Hardware(settings.models_dir, lambda: built[0].engine_pids() if built else ())
+    assistant = build(settings, chats, lambda: hub[0].changed() if hub else None, hardware)
+    built.append(assistant)
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
-    hardware = Hardware(settings.models_dir)
-    jobs = EngineJobs(
-        Environments(), on_change=lambda: hub[0].panel_changed("system") if hub else None,
-        on_done=lambda found: take_engine(found, assistant, settings),
-    )  # fmt: skip
+    environments = Environments(cards=cards_of(hardware))
+    tell_bus_speeds(environments, hardware)
 
     def redraw(*names: str) -> None:
         for name in names if hub else ():
@@ -257,19 +319,24 @@ def serve(settings: Settings) -> int:
     def moved(view: JobView) -> None:
         redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
 
+    take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
     models = ModelsPanel(
-        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(jobs.environments, assistant)),
+        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
         lambda: redraw("models", "shelf"),
     )  # fmt: skip
     panels: dict[str, Any] = {
-        "system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
         "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
     }  # fmt: skip
     answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
     live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
+    ended = threading.Event()
+    wait_for_cards(settings, assistant, hardware, ended)
     install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     page = Page(settings, assistant, live, address)
@@ -280,6 +347,8 @@ def serve(settings: Settings) -> int:
     try:
         server.run(sockets=[listener])
     finally:
+        ended.set()
+        system.close()
         jobs.close()
         downloads.close()
         shelf.close()
@@ -313,9 +382,29 @@ def _server(gate: Any) -> Any:
     ))  # fmt: skip
 
 
-def take_engine(found: Environment, assistant: Assistant, settings: Settings) -> None:
+def wait_for_cards(settings: Settings, assistant: Assistant, hardware: Hardware, ended: threading.Event) -> None:
+    """A driver may be slower than the start is patient; its cards count from when it answers. Does not wait itself."""
+
+    def is_silent(machine: Machine) -> bool:
+        return "not answering" in (machine.driver.state, *(card.state for card in machine.cards))
+
+    def wait() -> None:
+        while not ended.wait(CARDS_AGAIN_S):
+            machine = hardware.snapshot()
+            if not is_silent(machine):
+                assistant.set_vram_budget(settings.vram_budget_bytes or machine.card_budget_bytes)
+                log.info("the NVIDIA driver answers now: %d MB for models", machine.card_budget_bytes >> 20)
+                return
+
+    if is_silent(hardware.snapshot()):
+        log.warning("the NVIDIA driver or a card does not answer; Turntable starts without it")
+        threading.Thread(target=wait, name="late-cards", daemon=True).start()
+
+
+def take_engine(found: Environment, assistant: Assistant, settings: Settings, hardware: Hardware) -> None:
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
+    tell_bus_speeds(Environments(), hardware)
     usable = engines_for_cards(settings)
     if found.name in usable:
         assistant.kinds[found.name] = usable[found.name]
@@ -468,6 +557,8 @@ def main(arguments: list[str]) -> int:
             return run_engines(settings)
         if settings.command in ("download", "models", "plan"):
             return run_terminal(settings)
+        if settings.command == "doctor":
+            return run_doctor(settings)
         return ask(settings) if settings.command == "ask" else serve(settings)
     except SettingsError as error:
         print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)

@@ -89,13 +89,9 @@ def places(ram_bytes: int) -> dict[str, Place]:
 
 def place_of(machine: Machine, engines: Mapping[str, str]) -> Place:
     """This machine, as its hardware was last seen. What our own models hold counts as free: they can be unloaded."""
-    cards = tuple(
-        Card(card.total_bytes, max(0, card.total_bytes - card.free_bytes), card.ours_bytes or 0)
-        for card in machine.working_cards if card.total_bytes and card.free_bytes is not None
-    )  # fmt: skip
     names = [card.name for card in machine.working_cards]
     bandwidth = next((gb_s for name, _, gb_s in reversed(KNOWN_CARDS) if any(name in own for own in names)), 0.0)
-    return Place(cards, machine.memory.available_bytes, engines, bandwidth)
+    return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidth)
 
 
 def kept_quality(bpw: float, engine: str = "exllamav2") -> float:

@@ -356,6 +356,14 @@ class Assistant:
         """What a loaded model is called on the page."""
         return self._labels.get(spec, Path(spec.model).name)
 
+    def engine_pids(self) -> list[int]:
+        """Process ids of the engines' children."""
+        return self._loader.pids()
+
+    def set_vram_budget(self, size_bytes: int) -> None:
+        """Memory of the cards for models, where it became known after the start."""
+        self._loader.set_vram_budget(size_bytes)
+
     def loader_view(self) -> LoaderView:
         """What is in memory, for display."""
         return self._loader.snapshot()

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -148,6 +148,14 @@ class Panel(Protocol):
         """A button was pressed; raises TurntableError."""
 
 
+@runtime_checkable
+class WatchedPanel(Panel, Protocol):
+    """A panel that works only while it is on a screen."""
+
+    def shown(self, pages: int) -> None:
+        """How many pages show it now. Must not wait."""
+
+
 Answerer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # blocks; raises TurntableError, or ValueError for nonsense
 
 
@@ -157,7 +165,7 @@ class _Page:
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         self.shows: dict[str, str | None] = {}  # preset -> conversation
-        self.panels: set[str] = set()  # those that it has opened
+        self.panels: set[str] = set()  # those that it shows
         self.asked = 0  # questions under way
         self.outbox: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
         self.behind_since_s = 0.0
@@ -345,6 +353,8 @@ class Live:
             pass
         finally:
             self._pages.discard(page)
+            for name in page.panels:
+                self._tell_shown(name)
             writer.cancel()
 
     async def _write(self, page: _Page) -> None:
@@ -445,10 +455,19 @@ class Live:
         page.push(json.dumps({**frame, "earlier": len(found) > PAGE_MESSAGES}))
 
     async def _do_panel(self, page: _Page, said: dict[str, Any]) -> None:
+        """The page shows a panel, or with "off" does not show it any more."""
         name = str(said["name"])
-        page.panels.add(name)
-        if name in self._panels:
+        if name not in self._panels:
+            return
+        (page.panels.discard if said.get("off") else page.panels.add)(name)
+        self._tell_shown(name)
+        if name in page.panels:
             page.push(await self._panel_frame(name))
+
+    def _tell_shown(self, name: str) -> None:
+        panel = self._panels[name]
+        if isinstance(panel, WatchedPanel):
+            panel.shown(sum(name in page.panels for page in self._pages))
 
     async def _do_act(self, page: _Page, said: dict[str, Any]) -> None:
         panel = self._panels[str(said["panel"])]

@@ -149,7 +149,7 @@ def test_the_system_page_shows_the_engines_and_what_can_be_done(drive):
     assert "llama.cpp" in text and "ExLlamaV2" in text and "ready" in text
     assert drive.page.locator("#engine-exllamav2 button").count() >= 1
     # A removal asks first, an unknown engine is refused in words.
-    drive.page.evaluate("""document.querySelector('#system-page').insertAdjacentHTML('beforeend',
+    drive.page.evaluate("""document.querySelector('#topbar').insertAdjacentHTML('beforeend',
         '<button type="button" id="odd" data-panel="system" data-name="gpt" data-action="remove" '
         + 'data-sure="Remove?">x</button>')""")
     drive.page.click("#odd")
