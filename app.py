@@ -332,7 +332,7 @@ def serve(settings: Settings) -> int:
         "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
         "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
     }  # fmt: skip
-    answerers = answerers_of(models, assistant, downloads)
+    answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
     live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
     ended = threading.Event()

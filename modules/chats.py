@@ -326,7 +326,8 @@ class Chats:
     def last_used(self) -> dict[str, float]:
         """When each model last answered, by the variant's title, in seconds since the epoch."""
         with self._read() as db:
-            found = db.execute("SELECT variant, MAX(created_s) FROM messages WHERE variant <> '' GROUP BY variant")
+            latest = "SELECT variant, MAX(CAST(created_s AS REAL)) FROM messages WHERE variant <> '' GROUP BY variant"
+            found = db.execute(latest)
             return {str(variant): float(when) for variant, when in found}
 
     def close(self) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from modules import planner
-from modules.downloads import Downloads, Entry, Plan, Ref
+from modules.downloads import Downloads
 from modules.errors import InvalidRequest, ModelFilesDamaged, ModelNotDownloaded, PresetNotFound, SourceNotFound
+from modules.hub import Entry, Plan, Ref
 from modules.planner import Quantization, Setup, TensorBytes, VisionShape
 from modules.presets import EXL_ENGINES, Presets, Variant
 

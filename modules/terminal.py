@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from modules import planner
-from modules.downloads import Downloads, Ref, print_models, print_plan, run_download
+from modules.downloads import Downloads, print_models, print_plan, run_download
 from modules.errors import ModelNotDownloaded
+from modules.hub import Ref
 from modules.library import Library
 from modules.lookup import Found, Lookup
 from modules.planner import Card, Plan, Setup

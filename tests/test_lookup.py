@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.downloads import model
 from modules import planner
-from modules.downloads import Downloads, Options, Ref
+from modules.downloads import Downloads, Options
 from modules.errors import (
     AccessDenied,
     InvalidRequest,
@@ -23,6 +23,7 @@ from modules.errors import (
     SourceNotFound,
     TurntableError,
 )
+from modules.hub import Ref
 from modules.library import Library
 from modules.lookup import DEFAULT_CONTEXT, HEAD_BYTES, Choices, Found, Lookup
 from modules.presets import Presets

@@ -93,6 +93,11 @@ def shell(assistant: Assistant) -> str:
         '<form id="look"><label for="look-repo">What would it take to run</label>'
         '<input id="look-repo" name="repo" placeholder="OWNER/NAME, or OWNER/NAME@REVISION" autocomplete="off" spellcheck="false">'
         '<button type="submit">Look</button></form><div id="look-page" role="status"></div>'
+        '<details id="access"><summary>Access token for gated repositories</summary><form id="token">'
+        '<input type="password" name="token" placeholder="hf_…" autocomplete="off" aria-label="Access token">'
+        '<button type="submit">Keep</button><button type="button" id="token-forget">Forget</button>'
+        '<span id="token-says" role="status"></span></form><p>It is checked with the hub, lies in the file of the hub '
+        "library, and goes to the hub alone.</p></details>"
         '<div class="judge"><h3>For each task</h3><label>judged for <select id="place">'
         f"{options(machines, HERE)}</select></label></div>"
         '<div id="models-page" aria-live="off"></div>'

@@ -17,8 +17,8 @@ from typing import Any
 from modules import advice, planner
 from modules.advice import Place
 from modules.assistant import Assistant
-from modules.downloads import Ref
 from modules.errors import InvalidRequest
+from modules.hub import Ref
 from modules.lookup import Choices, Found, Lookup, found_of
 from modules.planner import Plan, Quantization, Setup, Verdict
 from modules.presets import CACHE_MODES, Variant

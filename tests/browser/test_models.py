@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ..conftest import DEMO
-from ..hub_server import Hub
+from ..hub_server import TOKEN, Hub
 from ..test_models_page import CONFIG, PICKS, weights
 from .conftest import Driver, Server
 
@@ -51,6 +51,8 @@ def models_server(hub, tmp_path_factory):
     (folder / "data" / "presets" / "mine.toml").write_text(PRESET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
+        patch.setenv("HF_HOME", str(folder / "hub home"))
+        patch.delenv("HF_TOKEN", raising=False)
         running = Server(folder, "--models-dir", str(folder / "models"))
     yield running.wait()
     running.stop()
@@ -188,6 +190,23 @@ def test_from_the_download_to_the_answer_and_away_with_undo(drive, models_server
     drive.page.click(".gone [data-action=free]")
     drive.page.wait_for_selector("#shelf-page >> text=No model has been downloaded yet")
     assert not list((models_server.folder / "models").glob("*small*"))
+
+
+def test_an_access_token_is_checked_kept_and_forgotten(drive, models_server) -> None:
+    drive.page.click("#access summary")
+    drive.page.wait_for_selector("text=No token is kept.")
+    for given, answer in (("hf_wrong", "does not accept this token"), (TOKEN, "A token is kept.")):
+        drive.page.fill("#token input", given)
+        drive.page.keyboard.press("Enter")
+        drive.page.wait_for_selector(f"#token-says:has-text('{answer}')")
+        assert drive.page.input_value("#token input") == ""
+    kept = models_server.folder / "hub home" / "token"
+    assert kept.read_text() == TOKEN
+    drive.page.click("#token-forget")
+    drive.page.wait_for_selector("text=No token is kept.")
+    assert not kept.exists()
+    log = (models_server.folder / "data" / "turntable.log").read_text()
+    assert TOKEN not in log + models_server.log()
 
 
 @pytest.mark.parametrize("width", WIDTHS)

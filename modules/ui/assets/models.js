@@ -133,7 +133,18 @@
     });
   }
 
+  function token(said) {
+    const says = $('#token-says');
+    ask('token', said, f => { says.textContent = f.html; }, f => { says.textContent = `${f.message} ${f.hint || ''}`; });
+  }
+  document.addEventListener('toggle', event => { if (event.target.id === 'access' && event.target.open) token({}); }, true);
   document.addEventListener('submit', event => {
+    if (event.target.id === 'token') {
+      event.preventDefault();
+      const field = event.target.elements.token, given = field.value.trim();
+      field.value = '';
+      if (given) token({ token: given });
+    }
     if (event.target.id !== 'look') return;
     event.preventDefault();
     const repo = $('#look-repo').value.trim().replace(/^https?:\/\/[^/]+\//, '').replace(/\/tree\//, '@').replace(/\/+$/, '');
@@ -153,6 +164,7 @@
       if (document.activeElement) document.activeElement.blur();
       plan({ [use]: use === 'context' ? +value : value });
     } else if (at('#plan .close') || event.target.id === 'plan') $('#plan').close();
+    else if (at('#token-forget')) token({ forget: true });
     else if (at('#plan [data-action]')) setTimeout(() => $('#plan').close(), 150); // the download is shown on the page
   });
   document.addEventListener('input', event => {
