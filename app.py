@@ -336,7 +336,7 @@ def serve(settings: Settings) -> int:
     live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
     ended = threading.Event()
-    wait_for_cards(settings, assistant, hardware, ended)
+    wait_for_cards(settings, assistant, hardware, ended, lambda: redraw("models"))
     install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     page = Page(settings, assistant, live, address)
@@ -382,7 +382,9 @@ def _server(gate: Any) -> Any:
     ))  # fmt: skip
 
 
-def wait_for_cards(settings: Settings, assistant: Assistant, hardware: Hardware, ended: threading.Event) -> None:
+def wait_for_cards(
+    settings: Settings, assistant: Assistant, hardware: Hardware, ended: threading.Event, found: Callable[[], None]
+) -> None:
     """A driver may be slower than the start is patient; its cards count from when it answers. Does not wait itself."""
 
     def is_silent(machine: Machine) -> bool:
@@ -394,6 +396,7 @@ def wait_for_cards(settings: Settings, assistant: Assistant, hardware: Hardware,
             if not is_silent(machine):
                 assistant.set_vram_budget(settings.vram_budget_bytes or machine.card_budget_bytes)
                 log.info("the NVIDIA driver answers now: %d MB for models", machine.card_budget_bytes >> 20)
+                found()
                 return
 
     if is_silent(hardware.snapshot()):
