@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import logging.handlers
@@ -26,7 +25,7 @@ from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
-from modules.advice import INSTALLABLE, READY, place_of
+from modules.advice import INSTALLABLE, READY, Place, place_of
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
@@ -175,12 +174,14 @@ def run_terminal(settings: Settings) -> int:
     hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
     asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
     try:
-        if settings.command == "download":
-            vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
-            return terminal.download(asked, sys.stdout.isatty(), vram)
         if settings.command == "models":
             return terminal.models()
-        return terminal.plan(asked, planner.cards_of(hardware.snapshot()))
+        place = this_place(hardware, Environments())
+        if settings.vram_budget_bytes:
+            place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
+        if settings.command == "download":
+            return terminal.download(asked, sys.stdout.isatty(), place)
+        return terminal.plan(asked, place)
     finally:
         downloads.close()
         hardware.close()
@@ -319,14 +320,16 @@ def serve(settings: Settings) -> int:
     def moved(view: JobView) -> None:
         redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
 
-    take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
-    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    def taken(found: Environment) -> None:
+        take_engine(found, assistant, settings, hardware)
+        redraw("models")  # what can be run is another now
+
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=taken)
     system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
     models = ModelsPanel(
-        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
-        lambda: redraw("models", "shelf"),
+        assistant, lambda: this_place(hardware, environments), lambda: redraw("models", "shelf")
     )  # fmt: skip
     panels: dict[str, Any] = {
         "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
@@ -418,15 +421,25 @@ def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads
     return {"models": models.ask, "look": planning.look, "plan": planning.plan}
 
 
-def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
+def this_place(hardware: Hardware, environments: Environments) -> Place:
+    """This machine, as the advice on models sees it."""
+    machine = hardware.snapshot()
+    return place_of(machine, engines_for_advice(environments, machine))
+
+
+def engines_for_advice(environments: Environments, machine: Machine) -> dict[str, str]:
     """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
-    found = dict.fromkeys(assistant.kinds, READY)
-    for name in NAMES:
-        if name in found:
-            continue
+    found = {"llamacpp": READY}
+    best = max((card.capability or (0, 0) for card in machine.working_cards), default=(99, 0))
+    for name, least in doctor.ENGINE_CARDS.items():
         environment = environments.get(name)
-        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
-        found[name] = state
+        if best < least:
+            found[name] = f"needs a card of compute capability {doctor.dotted(least)}"
+        elif environment.usable:
+            found[name] = READY
+        else:
+            failed = environment.state == "failed"
+            found[name] = f"its self-test failed: {environment.problem}" if failed else INSTALLABLE
     return found
 
 

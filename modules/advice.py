@@ -89,8 +89,7 @@ def places(ram_bytes: int) -> dict[str, Place]:
 
 def place_of(machine: Machine, engines: Mapping[str, str]) -> Place:
     """This machine, as its hardware was last seen. What our own models hold counts as free: they can be unloaded."""
-    names = [card.name for card in machine.working_cards]
-    bandwidth = next((gb_s for name, _, gb_s in reversed(KNOWN_CARDS) if any(name in own for own in names)), 0.0)
+    bandwidth = min((card.bandwidth_gb_s or 0.0 for card in machine.working_cards), default=0.0)
     return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidth)
 
 
