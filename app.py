@@ -25,13 +25,13 @@ from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
-from modules.advice import INSTALLABLE, READY, Place, place_of
 from modules.assistant import Assistant, totals
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
 from modules.hardware import Hardware, Machine
+from modules.here import Here
 from modules.images import Images
 from modules.library import Library, largest_weights
 from modules.loader import Loader
@@ -176,7 +176,7 @@ def run_terminal(settings: Settings) -> int:
     try:
         if settings.command == "models":
             return terminal.models()
-        place = this_place(hardware, Environments())
+        place = Here(hardware, Environments(cards=cards_of(hardware))).place()
         if settings.vram_budget_bytes:
             place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
         if settings.command == "download":
@@ -312,6 +312,7 @@ def serve(settings: Settings) -> int:
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     environments = Environments(cards=cards_of(hardware))
     tell_bus_speeds(environments, hardware)
+    here = Here(hardware, environments)
 
     def redraw(*names: str) -> None:
         for name in names if hub else ():
@@ -322,15 +323,14 @@ def serve(settings: Settings) -> int:
 
     def taken(found: Environment) -> None:
         take_engine(found, assistant, settings, hardware)
+        here.forget()
         redraw("models")  # what can be run is another now
 
     jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=taken)
     system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
-    models = ModelsPanel(
-        assistant, lambda: this_place(hardware, environments), lambda: redraw("models", "shelf")
-    )  # fmt: skip
+    models = ModelsPanel(assistant, here.place, lambda: redraw("models", "shelf"))
     panels: dict[str, Any] = {
         "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
         "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
@@ -419,28 +419,6 @@ def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads
     """What a single page may ask: the list for another machine, a repository, the plan of a model."""
     planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
     return {"models": models.ask, "look": planning.look, "plan": planning.plan}
-
-
-def this_place(hardware: Hardware, environments: Environments) -> Place:
-    """This machine, as the advice on models sees it."""
-    machine = hardware.snapshot()
-    return place_of(machine, engines_for_advice(environments, machine))
-
-
-def engines_for_advice(environments: Environments, machine: Machine) -> dict[str, str]:
-    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
-    found = {"llamacpp": READY}
-    best = max((card.capability or (0, 0) for card in machine.working_cards), default=(99, 0))
-    for name, least in doctor.ENGINE_CARDS.items():
-        environment = environments.get(name)
-        if best < least:
-            found[name] = f"needs a card of compute capability {doctor.dotted(least)}"
-        elif environment.usable:
-            found[name] = READY
-        else:
-            failed = environment.state == "failed"
-            found[name] = f"its self-test failed: {environment.problem}" if failed else INSTALLABLE
-    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:

@@ -309,10 +309,10 @@ def test_this_machine_is_judged_as_its_cards_are_now() -> None:
     place = advice.place_of(machine(busy, lost), ENGINES)
     assert [card.free_bytes for card in place.cards] == [16 * GIB]
     assert place.ram_bytes == 20 * GIB
-    assert place.bandwidth_gb_s == pytest.approx(936, abs=1)  # as NVIDIA's data sheet has it
+    assert place.bandwidths_gb_s == pytest.approx((936,), abs=1)  # as NVIDIA's data sheet has it
     assert advice.place_of(machine(), {}).cards == ()
     silent = SeenCard(0, "NVIDIA GeForce RTX 4060 Ti", "c", total_bytes=16 * GIB, free_bytes=16 * GIB)
-    assert advice.place_of(machine(silent), {}).bandwidth_gb_s == 0
+    assert advice.place_of(machine(silent), {}).bandwidths_gb_s == (0,)
 
 
 # The disk -----------------------------------------------------------------------------------------------
