@@ -7,6 +7,7 @@ that goes away and comes back attaches to it again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -28,7 +29,7 @@ from modules.errors import (
 )  # fmt: skip
 from modules.images import Images, StoredImage
 from modules.library import Library, Located
-from modules.loader import LeaseCancelled, Loader, LoaderView
+from modules.loader import LeaseCancelled, Loader, LoaderView, Report
 from modules.messages import (
     Counts,
     Delta,
@@ -125,6 +126,7 @@ class Assistant:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # by conversation
         self._claimed: set[str] = set()  # conversations whose answer is about to begin
+        self.begun = 0  # answers so far; who measures sees by it that one came in between
         self._located: dict[Variant, tuple[float, Located]] = {}
         self._labels: dict[EngineSpec, str] = {}
         self.on_job: Callable[[Job], None] = lambda job: None
@@ -149,6 +151,7 @@ class Assistant:
             job = Job(chat, self.chats.begin_answer(chat, preset.name, ""), preset)
             with self._lock:
                 self._jobs[chat] = job
+                self.begun += 1
         finally:
             with self._lock:
                 self._claimed.discard(chat)
@@ -350,6 +353,31 @@ class Assistant:
     def label(self, spec: EngineSpec) -> str:
         """What a loaded model is called on the page."""
         return self._labels.get(spec, Path(spec.model).name)
+
+    @contextlib.contextmanager
+    def lease(
+        self, preset: Preset, variant: Variant, *, report: Report, cancelled: threading.Event, fresh: str = ""
+    ) -> Iterator[EngineProcess]:
+        """A variant's model in memory without a conversation, to measure it; it waits its turn as an answer does.
+
+        The arguments and errors of Loader.lease; also ModelNotDownloaded and its kin. After setting
+        `cancelled`, call wake().
+        """
+        located = self._locate(variant)
+        spec = self._spec(variant, located)
+        self._labels[spec] = f"{preset.title} · {variant.title}"
+        needs = needs_bytes(variant, located.size_bytes)
+        lease = self._loader.lease(spec, needs_bytes=needs, report=report, cancelled=cancelled, fresh=fresh)
+        with lease as engine:
+            yield engine
+
+    def spec(self, variant: Variant) -> EngineSpec:
+        """What a variant loads; variants with equal specs share it. Raises ModelNotDownloaded and its kin."""
+        return self._spec(variant, self._locate(variant))
+
+    def wake(self) -> None:
+        """Let waiting leases look at their `cancelled` at once."""
+        self._loader.wake()
 
     def loader_view(self) -> LoaderView:
         """What is in memory, for display."""

@@ -45,6 +45,7 @@ from modules.process import EngineKind, EngineProcess, Limits
 
 LEFTOVER_BYTES = 64 << 20  # more than this after an unload in place means a leak: the child is replaced
 CRASHES_PER_MINUTE = 3
+FRESH = ("", "again", "child")  # a lease may ask for a load that is to be measured, see lease()
 Report = Callable[[Loading | Queued], None]
 log = logging.getLogger("turntable.loader")
 
@@ -93,6 +94,7 @@ class _Ticket:
     needs_bytes: int
     report: Report
     cancelled: threading.Event
+    fresh: str = ""
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -139,15 +141,19 @@ class Loader:
     @contextlib.contextmanager
     def lease(
         self, spec: EngineSpec, *, needs_bytes: int = 0, report: Report = lambda event: None,
-        cancelled: threading.Event | None = None,
+        cancelled: threading.Event | None = None, fresh: str = "",
     ) -> Iterator[EngineProcess]:  # fmt: skip
         """Have `spec` in memory, and keep it there while the block runs.
 
         needs_bytes is what the model is expected to take; report gets Queued and Loading
         events; setting `cancelled` ends the wait or the load with LeaseCancelled.
+        fresh loads the model although it is in memory, to measure that: "again" as a swap
+        does, "child" in a new child. Its running answers end first; a load that fails or is
+        cancelled leaves it out of memory, and the next lease loads it.
         Raises EngineMissing, DoesNotFit, LoadTimedOut, EngineCrashed or another LoadError.
         """
-        ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event())
+        assert fresh in FRESH
+        ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event(), fresh)
         resident = self._acquire(ticket)
         try:
             yield resident.process
@@ -235,13 +241,13 @@ class Loader:
         if ticket.cancelled.is_set() or self._closed:
             raise LeaseCancelled
         resident = self._residents.get(ticket.spec)
-        if resident is not None and resident.process.alive:
+        if resident is not None and resident.process.alive and not ticket.fresh:
             if self._must_stand_back(resident, ticket):
                 return None, None
             resident.leases += 1
             self._touch(resident)
             return resident, None
-        if resident is not None:
+        if resident is not None and not resident.process.alive:
             del self._residents[ticket.spec]  # it crashed a moment ago
         if self._swapping is not None or self._first_swap() is not ticket:
             return None, None
@@ -262,7 +268,7 @@ class Loader:
         )
 
     def _first_swap(self) -> _Ticket | None:
-        return next((t for t in self._queue if t.spec not in self._residents), None)
+        return next((t for t in self._queue if t.fresh or t.spec not in self._residents), None)
 
     def _victims(self, ticket: _Ticket) -> list[_Resident]:
         """Least recently used first, until the newcomer fits; idle ones before busy ones.
@@ -272,8 +278,10 @@ class Loader:
         memory = self._kinds[ticket.spec.engine].memory
         rivals = [r for r in self._residents.values() if r.process.kind.memory == memory]
         used = sum(r.memory_bytes for r in rivals)
-        victims = []
-        for resident in sorted(rivals, key=lambda r: (r.leases > 0, r.last_used)):
+        victims = [r for r in rivals if r.spec == ticket.spec]  # only where it is to be loaded anew
+        used -= sum(r.memory_bytes for r in victims)
+        others = [r for r in rivals if r.spec != ticket.spec]
+        for resident in sorted(others, key=lambda r: (r.leases > 0, r.last_used)):
             if used + ticket.needs_bytes <= self._budgets[memory]:
                 break
             victims.append(resident)
@@ -289,7 +297,8 @@ class Loader:
             resident = self._load(ticket, ticket.spec, ticket.needs_bytes)
         except (TurntableError, LeaseCancelled):
             for victim in reversed(victims):
-                self._restore(ticket, victim)
+                if victim.spec != ticket.spec:  # the same load has just failed or was given up
+                    self._restore(ticket, victim)
             raise
         with self._see:
             resident.leases += 1
@@ -314,9 +323,12 @@ class Loader:
                 self._idle[process.kind.name] = process
 
     def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
-        kind = self._kinds[spec.engine]
+        kind, began = self._kinds[spec.engine], time.monotonic()
         with self._see:
             process = self._idle.pop(kind.name, None)
+        if process is not None and ticket.fresh == "child" and spec == ticket.spec:
+            process.stop()
+            began = time.monotonic()
         if process is None or not process.alive:
             process = EngineProcess(kind, self._limits, self._on_exit)
         with self._see:
@@ -327,6 +339,7 @@ class Loader:
                 raise LeaseCancelled
             ready = process.load(spec, lambda event: self._tell(ticket, event))
             process.ping()
+            process.up_s = time.monotonic() - began
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
             if ready is None and self._is_clean(process, error):
