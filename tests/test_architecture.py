@@ -26,8 +26,8 @@ MAX_FUNCTION_LINES, MAX_ARGUMENTS = 70, 7
 # A file imports only what stands before it. ui is a folder, whose files may import each other.
 ORDER = (
     "messages", "errors", "settings", "presets", "library", "downloads", "hardware", "planner", "doctor", "terminal",
-    "images", "process", "environments", "loader", "chats", "prompt", "render", "assets", "assistant", "gate", "live",
-    "ui", "app",
+    "images", "process", "environments", "loader", "chats", "prompt", "render", "assets", "assistant", "measured",
+    "bench", "gate", "live", "ui", "app",
 )  # fmt: skip
 # The engines live in another process, and know only the words they share with it.
 ENGINES_KNOW = ("messages", "errors", "engines")
