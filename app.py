@@ -26,7 +26,7 @@ from typing import Any
 
 from modules import settings as settings_module
 from modules.assistant import Assistant, totals
-from modules.bench import Bench, Outcome, Sizes
+from modules.bench import Bench, BenchJobs, Outcome, Sizes
 from modules.bench import Step as BenchStep
 from modules.chats import Chats
 from modules.downloads import Downloads
@@ -42,6 +42,7 @@ from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
 from modules.terminal import Asked, Terminal
+from modules.ui.bench import BenchPanel, MeasuredPanel
 from modules.ui.downloads import DownloadsPanel
 from modules.ui.system import SystemPage
 
@@ -322,7 +323,9 @@ def serve(settings: Settings) -> int:
     downloads = Downloads(
         assistant.library, on_change=lambda view: hub[0].panel_changed("downloads") if hub else None
     )
+    bench = build_bench(assistant, settings, hub)
     panels: dict[str, Any] = {"system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets)}
+    panels |= {"bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history)}
     live = Live(assistant, panels=panels)
     hub.append(live)
     install_engine(jobs, settings)
@@ -352,11 +355,25 @@ def serve(settings: Settings) -> int:
         server.run(sockets=[listener])
     finally:
         jobs.close()
+        bench.close()
         downloads.close()
         assistant.close()
         lock.close()
         log.info("Turntable has ended")
     return 0
+
+
+def build_bench(assistant: Assistant, settings: Settings, hub: list[Any]) -> BenchJobs:
+    """The measurements that are started from the page."""
+
+    def changed(name: str) -> None:
+        if hub:
+            hub[0].panel_changed(name)
+
+    return BenchJobs(
+        assistant, Hardware(settings.models_dir), History(settings.data_dir / MEASURED), lambda: changed("bench"),
+        on_row=lambda row: changed("measured"),
+    )  # fmt: skip
 
 
 def take_engine(found: Environment, assistant: Assistant, settings: Settings) -> None:

@@ -150,7 +150,9 @@ class Bench:
         known = ", ".join(variant.id for variant in preset.variants)
         raise InvalidRequest(f"The preset {preset.name} has no variant {wanted!r}.", hint=f"It has {known}.")
 
-    def run(self, targets: Sequence[Target], sizes: Sizes, tell: Tell) -> Outcome:
+    def run(
+        self, targets: Sequence[Target], sizes: Sizes, tell: Tell, on_row: Callable[[Row], None] = lambda row: None
+    ) -> Outcome:
         """Measure one after the other; each row is on the disk before the next begins. Raises OSError of the disk."""
         outcome, began, commit = Outcome(), now(), commit_of(ROOT)
         for place, target in enumerate(targets):
@@ -159,6 +161,7 @@ class Bench:
                 row = self._measure(run, began, commit)
                 self.history.append(row)
                 outcome.rows.append(row)
+                on_row(row)
             except LeaseCancelled:
                 outcome.cancelled = True
                 break
@@ -417,11 +420,11 @@ class BenchJobs:
 
     def __init__(
         self, assistant: Assistant, hardware: Hardware, history: History, on_change: Callable[[], None] = lambda: None,
-        sizes: Sizes | None = None,
+        *, on_row: Callable[[Row], None] = lambda row: None, sizes: Sizes | None = None,
     ) -> None:  # fmt: skip
         self._make: Callable[[], Bench] = lambda: Bench(assistant, hardware, history)
         self.history = history
-        self._on_change, self._sizes = on_change, sizes or Sizes()
+        self._on_change, self._on_row, self._sizes = on_change, on_row, sizes or Sizes()
         self._lock = threading.Lock()
         self._view: BenchView | None = None
         self._bench: Bench | None = None
@@ -464,7 +467,7 @@ class BenchJobs:
 
     def _run(self, bench: Bench, targets: list[Target]) -> None:
         try:
-            outcome = bench.run(targets, self._sizes, self._tell)
+            outcome = bench.run(targets, self._sizes, self._tell, self._on_row)
             view = BenchView(
                 False, measured=len(outcome.rows), failures=tuple(outcome.failures),
                 said=f"{'Cancelled. ' if outcome.cancelled else ''}{len(outcome.rows)} of {len(targets)} measured.",

@@ -187,8 +187,8 @@ def test_who_is_asked_all_the_time_is_not_measured(assistant, bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "when"), [({"load_s": 20}, "loads, "), ({"tokens_per_second": 2}, "writes, 1 of"),
-                            ({"prompt_tokens_per_second": 30}, "reads the prompt")],
+    ("behaviour", "when"), [({"load_s": 8}, "loads, "), ({"tokens_per_second": 2}, "writes, 1 of"),
+                            ({"prompt_tokens_per_second": 64}, "reads the prompt")],
 )  # fmt: skip
 def test_cancel_ends_it_soon_and_keeps_what_is_measured(assistant, bench, history, behaviour, when) -> None:
     assistant.add("a")
@@ -214,7 +214,7 @@ def test_cancel_ends_it_soon_and_keeps_what_is_measured(assistant, bench, histor
 def test_one_run_at_a_time_for_all_pages(assistant, history, tmp_path) -> None:
     assistant.add("a", tokens_per_second=5)
     told = []
-    jobs = BenchJobs(assistant, Hardware(tmp_path), history, lambda: told.append(jobs.view()), SHORT)
+    jobs = BenchJobs(assistant, Hardware(tmp_path), history, lambda: told.append(jobs.view()), sizes=SHORT)
     assert jobs.view() is None
     jobs.cancel()  # harmless
     jobs.start()

@@ -5,7 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
-  const panels = { system: 'system', models: 'downloads' }; // tab -> the part of it that the server draws
+  const panels = { system: ['system', 'bench', 'measured'], models: ['downloads'] }; // tab -> the parts of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); if (panels[current]) tell({ do: 'panel', name: panels[current] }); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); panel(current); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -254,6 +254,7 @@
     log.append(make('article', { class: 'msg user' }, own)); // shown at once; the server's version replaces it
     down(log);
   }
+  function panel(tab) { (panels[tab] || []).forEach(name => tell({ do: 'panel', name })); }
   function go(name) {
     const button = document.getElementById(`panel-${name}-button`) || $$('#tabs > .tab-wrapper button[role=tab]').find(b => b.textContent.trim() === tabTitle(name));
     if (button) button.click();
@@ -264,7 +265,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    if (panels[name]) tell({ do: 'panel', name: panels[name] });
+    panel(name);
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
