@@ -185,6 +185,11 @@ def run_bench(settings: Settings) -> int:
         wanted = [r for r in found.rows if not asked.names or {r.preset, f"{r.preset}/{r.variant}"} & {*asked.names}]
         print_rows(wanted, settings, {"unreadable": found.unreadable})
         return 0
+    try:
+        _lock(settings).close()
+    except SettingsError:
+        words = "Turntable is running with this data folder; what it does meanwhile falsifies the figures."
+        print(f"turntable: {words} Its System page can measure as well.", file=sys.stderr)
     assistant = build(settings, Chats(":memory:"), lambda: None)
     hardware = Hardware(settings.models_dir)
     bench = Bench(assistant, hardware, history)

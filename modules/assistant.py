@@ -126,7 +126,6 @@ class Assistant:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # by conversation
         self._claimed: set[str] = set()  # conversations whose answer is about to begin
-        self.begun = 0  # answers so far; who measures sees by it that one came in between
         self._located: dict[Variant, tuple[float, Located]] = {}
         self._labels: dict[EngineSpec, str] = {}
         self.on_job: Callable[[Job], None] = lambda job: None
@@ -151,7 +150,6 @@ class Assistant:
             job = Job(chat, self.chats.begin_answer(chat, preset.name, ""), preset)
             with self._lock:
                 self._jobs[chat] = job
-                self.begun += 1
         finally:
             with self._lock:
                 self._claimed.discard(chat)

@@ -15,6 +15,7 @@ import os
 import secrets
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORDS = "A train leaves the station at noon and comes back in the evening. "
 WARM_UP_TOKENS = 8
 TEMPLATE_TOKENS = 64  # kept free for what the chat template adds
+TELL_EVERY_S = 0.1
 TRIES = 5  # of one measurement that answers of others disturb
 log = logging.getLogger("turntable.bench")
 T = TypeVar("T")
@@ -193,7 +195,7 @@ class Bench:
         for _ in range(sizes.repeats):
             run.next()
             heard.append(self._undisturbed(run, lambda: self._speak(run, sizes)))
-        last, target = heard[-1], run.target
+        last, target = heard[-1], run.target  # memory is of the first: llama.cpp keeps prompts in RAM as they come
         machine = self._hardware.snapshot()
         device, power = place_of(target.spec, last.memory_kind, machine)
         kind, bpw = quantization(target)
@@ -202,18 +204,22 @@ class Bench:
             preset=target.preset.name, variant=target.variant.id, title=target.preset.title, model=target.variant.title,
             file=Path(target.spec.model).name, quant=kind, bpw=round(bpw, 2), cache_mode=target.spec.cache_mode,
             context=last.context, wanted_tokens=last.wanted_tokens, prompt_tokens=last.prompt_tokens,
-            tokens=last.tokens, prompt_tps=tuple(round(one.prompt_tps, 2) for one in heard),
-            decode_tps=tuple(round(one.decode_tps, 2) for one in heard), load_s=round(load_s, 3),
-            swap_s=None if swap_s is None else round(swap_s, 3), memory_bytes=max(one.memory_bytes for one in heard),
+            tokens=last.tokens, prompt_tps=tuple(five_digits(one.prompt_tps) for one in heard),
+            decode_tps=tuple(five_digits(one.decode_tps) for one in heard), load_s=round(load_s, 3),
+            swap_s=None if swap_s is None else round(swap_s, 3), memory_bytes=heard[0].memory_bytes,
             device=device, power_limit_w=power, threads=target.spec.threads,
         )  # fmt: skip
 
     def _undisturbed(self, run: _Run, work: Callable[[], T]) -> T:
-        """The result of a try during which nobody's answer ran. Raises Busy after too many, LeaseCancelled."""
+        """The result of a try during which no model but this one was used or loaded; `work` takes one lease.
+
+        Raises Busy after too many tries, LeaseCancelled.
+        """
         for _ in range(TRIES):
             before = self._wait_for_quiet(run)
             result = work()
-            if self._assistant.begun == before and not self._assistant.jobs():
+            after = self._assistant.loader_view()
+            if after.quiet and after.granted == before + 1:
                 return result
         raise Busy(
             f"Other answers ran during each of {TRIES} tries, so nothing could be measured.",
@@ -224,9 +230,9 @@ class Bench:
         while True:
             if self._cancelled.is_set():
                 raise LeaseCancelled
-            begun = self._assistant.begun
-            if not self._assistant.jobs():
-                return begun
+            view = self._assistant.loader_view()
+            if view.quiet:
+                return view.granted
             run.say("waits until the running answers have ended")
             self._cancelled.wait(0.1)
 
@@ -265,7 +271,7 @@ class Bench:
             return _Heard.of(finished, (wanted, sizes.tokens), engine, context)
 
     def _hear(self, run: _Run, engine: EngineProcess, start: Start) -> Finished:
-        written, most = 0, start.sampling.max_tokens
+        written, most, told = 0, start.sampling.max_tokens, 0.0
         for event in engine.generate(start):
             if isinstance(event, Finished):
                 if self._cancelled.is_set():
@@ -273,11 +279,15 @@ class Bench:
                 return event
             if self._cancelled.is_set():
                 engine.cancel(start.id)
+            first = not written
+            written += getattr(event, "tokens", 0)
+            if not first and written < most and time.monotonic() - told < TELL_EVERY_S:
+                continue  # nobody reads faster, and a slow terminal must not hold up the pipe
+            told = time.monotonic()
             if isinstance(event, Prefill):
                 part = event.done / max(1, event.total)
                 run.say(f"reads the prompt, {event.done} of {event.total} tokens", 0.4 * part)
             else:
-                written += getattr(event, "tokens", 0)
                 run.say(f"writes, {written} of {most} tokens", 0.4 + 0.6 * min(1.0, written / most))
         raise AssertionError("generate ends with Finished or raises")
 
@@ -358,12 +368,18 @@ def prompt_of(engine: EngineProcess, tokens: int) -> str:
     return text
 
 
+def five_digits(value: float) -> float:
+    """What a clock can tell; never rounded down to nothing."""
+    return float(f"{value:.5g}")
+
+
 def place_of(spec: EngineSpec, memory: str, machine: Machine) -> tuple[str, float | None]:
     """What a model ran on: the cards with their power limit in watts where they agree, or the processor."""
-    on_card = memory == "vram" or dict(spec.options).get("gpu_layers", "0") != "0"
-    cards = machine.working_cards
-    if not on_card or not cards:
+    if memory != "vram" and dict(spec.options).get("gpu_layers", "0") == "0":
         return machine.cpu.model, None
+    cards = machine.working_cards
+    if not cards:
+        return "a card that does not tell its name", None
     names = sorted({card.name for card in cards})
     counts = [sum(card.name == name for card in cards) for name in names]
     device = " + ".join(name if count == 1 else f"{count} × {name}" for name, count in zip(names, counts, strict=True))

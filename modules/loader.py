@@ -66,7 +66,10 @@ class ModelView:
 
 @dataclass(frozen=True)
 class LoaderView:
-    """What is in memory and on its way, for display. used and budget in bytes, the cards' memory apart."""
+    """What is in memory and on its way, for display. used and budget in bytes, the cards' memory apart.
+
+    granted counts the leases since the start: who measures sees by it that somebody else was there in between.
+    """
 
     models: tuple[ModelView, ...]
     loading: EngineSpec | None
@@ -76,6 +79,12 @@ class LoaderView:
     budget_bytes: int
     vram_used_bytes: int = 0
     vram_budget_bytes: int = 0
+    granted: int = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is being loaded and nobody uses a model."""
+        return self.loading is None and not any(model.leases for model in self.models)
 
 
 @dataclass
@@ -117,6 +126,7 @@ class Loader:
         self._idle: dict[str, EngineProcess] = {}  # children without a model, of engines that keep their process
         self._crashes: dict[EngineSpec, list[float]] = {}
         self._clock = 0
+        self._granted = 0
         self._closed = False
 
     def snapshot(self) -> LoaderView:
@@ -131,7 +141,7 @@ class Loader:
             return LoaderView(
                 models, self._swapping.spec if self._swapping else None, self._progress,
                 sum(t is not self._swapping for t in self._queue), used["ram"], self._budgets["ram"], used["vram"],
-                self._budgets["vram"],
+                self._budgets["vram"], self._granted,
             )  # fmt: skip
 
     def budget_bytes(self, engine: str) -> int:
@@ -155,6 +165,8 @@ class Loader:
         assert fresh in FRESH
         ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event(), fresh)
         resident = self._acquire(ticket)
+        with self._see:
+            self._granted += 1
         try:
             yield resident.process
         finally:

@@ -166,7 +166,7 @@ def test_what_an_answer_disturbed_is_measured_again(assistant, bench) -> None:
 
     def tell(step) -> None:
         steps.append(step.words)
-        if step.words.startswith("writes, 3 of 12 tokens (run 1") and not asked:
+        if step.words.startswith("writes, 1 of 12 tokens (run 1") and not asked:
             asked.append(assistant.reply(None, "say 3", (), "b"))
 
     outcome = bench.run(bench.targets(["a"]), SHORT, tell)
@@ -256,6 +256,7 @@ def test_where_a_model_ran() -> None:
     assert place_of(on_card, "vram", machine(one, two)) == ("2 × RTX 3090", 360.0)
     assert place_of(on_card, "vram", machine(one, two, other)) == ("2 × RTX 3090 + RTX 4090", None)
     assert place_of(on_cpu, "ram", machine(one)) == ("A CPU", None)
+    assert place_of(on_card, "vram", machine(lost)) == ("a card that does not tell its name", None)
     offloaded = EngineSpec("llamacpp", "x", options=(("gpu_layers", "99"),))
     assert place_of(offloaded, "ram", machine(one)) == ("RTX 3090", 360.0)
 

@@ -58,11 +58,11 @@ def chart(rows: Sequence[Row]) -> str:
 
 
 def _lines(rows: Sequence[Row], runs: Sequence[str]) -> list[Line]:
-    """A line for each series, the one measured last first."""
-    series: dict[tuple[object, ...], list[Row]] = {}
+    """A line for each series, the one measured last first; of several rows in one run the last counts."""
+    series: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
-        series.setdefault(row.series, []).append(row)
-    found = sorted(series.values(), key=lambda group: group[-1].run, reverse=True)
+        series.setdefault(row.series, {})[row.run] = row
+    found = sorted(([*group.values()] for group in series.values()), key=lambda group: group[-1].run, reverse=True)
     labels = _labels([group[-1] for group in found])
     place = {run: number for number, run in enumerate(runs)}
     return [
