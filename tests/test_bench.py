@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from modules.assistant import Assistant
-from modules.bench import Bench, BenchJobs, Sizes, commit_of, place_of
+from modules.bench import Bench, BenchJobs, Sizes, commit_of, place_of, prompt_of
 from modules.chats import Chats
 from modules.errors import Busy, InvalidRequest, ModelNotDownloaded, PresetNotFound
 from modules.hardware import Card, Cpu, Disk, Driver, Hardware, Machine, Memory, System
@@ -40,6 +40,7 @@ title = "Fake"
 engine = "{engine}"
 path = "{path}"
 context = {context}
+note = "Of {title}."
 """
 SHORT = Sizes(prompt_tokens=100, tokens=12, repeats=2)
 
@@ -175,6 +176,26 @@ def test_what_an_answer_disturbed_is_measured_again(assistant, bench) -> None:
     assert sum(words.startswith("writes, 12 of 12 tokens (run 1") for words in steps) == 2
 
 
+def test_an_answer_that_runs_already_ends_first(assistant, bench) -> None:
+    assistant.add("a")
+    assistant.add("b", tokens_per_second=15)
+    targets, steps = bench.targets(["a"]), []
+    job = assistant.reply(None, "say 30", (), "b")
+    eventually(lambda: job.text() != "", 20)
+    assert len(bench.run(targets, SHORT, lambda step: steps.append((step.words, job.text().count("w")))).rows) == 1
+    assert steps[0][0] == "waits until the running answers have ended"
+    assert all(said == 30 for words, said in steps if not words.startswith("waits until"))
+
+
+def test_no_prompt_is_like_another(assistant, bench) -> None:
+    assistant.add("a")
+    (target,) = bench.targets()
+    with assistant.lease(target.preset, target.variant, report=silent, cancelled=threading.Event()) as engine:
+        texts = [prompt_of(engine, 100) for _ in range(3)]
+        assert all(90 <= count <= 100 for count in engine.count_tokens(tuple(texts)))
+    assert len({text[:14] for text in texts}) == 3
+
+
 def test_who_is_asked_all_the_time_is_not_measured(assistant, bench) -> None:
     assistant.add("a")
 
@@ -187,7 +208,7 @@ def test_who_is_asked_all_the_time_is_not_measured(assistant, bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "when"), [({"load_s": 8}, "loads, "), ({"tokens_per_second": 2}, "writes, 1 of"),
+    ("behaviour", "when"), [({"load_s": 8}, "loads, "), ({"tokens_per_second": 0.05, "burst": 1}, "writes, 1 of"),
                             ({"prompt_tokens_per_second": 64}, "reads the prompt")],
 )  # fmt: skip
 def test_cancel_ends_it_soon_and_keeps_what_is_measured(assistant, bench, history, behaviour, when) -> None:
