@@ -245,7 +245,8 @@ def print_rows(rows: Sequence[Row], settings: Settings, more: dict[str, Any]) ->
     elif asked.markdown == "-":
         print(markdown(rows), end="")
     elif rows:
-        print(_printable(text_table(rows)), end="")
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(_printable(text_table(rows, width)), end="")
     else:
         print("Nothing has been measured.")
 

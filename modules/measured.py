@@ -201,10 +201,19 @@ def markdown(rows: Iterable[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """The rows for a terminal: what differs between them, in columns."""
-    head = ("Date", "Model", "Quant", "Prompt tok/s", "Decode tok/s", "Load s", "Memory MiB", "Device")
-    lines: list[tuple[str, ...]] = [head]
+def text_table(rows: Sequence[Row], width: int = 0) -> str:
+    """The rows for a terminal of so many characters; where they are too few, the least telling columns are left out."""
+    head = ["Date", "Model", "Quant", "Prompt tok/s", "Decode tok/s", "Load s", "Memory MiB", "Device"]
+    text = _text_table(rows, head)
+    for column in ("Quant", "Date", "Device", "Memory MiB"):
+        if width and max(map(len, text.splitlines())) > width:
+            head.remove(column)
+            text = _text_table(rows, head)
+    return text
+
+
+def _text_table(rows: Sequence[Row], head: Sequence[str]) -> str:
+    lines = [tuple(head)]
     for row in rows:
         named = dict(zip(COLUMNS, cells(row), strict=True))
         lines.append(tuple(named[column] for column in head))

@@ -24,6 +24,7 @@ from modules.library import Library
 from modules.measured import History
 from modules.messages import EngineSpec
 from modules.presets import Presets
+from modules.settings import BenchChoice
 
 from .conftest import FAKE, KEEPS, LLAMA, ROOT, eventually
 
@@ -259,6 +260,11 @@ def test_a_table_that_cannot_be_written_is_said(assistant, tmp_path) -> None:
     jobs.start()
     eventually(lambda: not jobs.view().running, 20)
     assert "could not be written" in jobs.view().error
+
+
+def test_the_command_and_the_page_measure_alike() -> None:
+    chosen = BenchChoice()
+    assert Sizes() == Sizes(chosen.prompt_tokens, chosen.tokens, chosen.repeats)
 
 
 def machine(*cards: Card) -> Machine:

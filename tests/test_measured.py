@@ -118,6 +118,15 @@ def test_the_table_in_a_terminal_is_aligned() -> None:
     assert lines[2].endswith("AMD EPYC, 1 thread")
 
 
+def test_a_narrow_terminal_gets_what_tells_most() -> None:
+    for width in (200, 150, 120, 80):
+        lines = text_table([ROW], width).splitlines()
+        assert max(map(len, lines)) <= max(width, 90)
+        assert "Model" in lines[0] and "Decode tok/s" in lines[0]
+    assert "Quant" not in lines[0] and "Date" not in lines[0]
+    assert text_table([ROW], 400) == text_table([ROW])
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(1234.4, "1,234"), (125.54, "126"), (35.04, "35.0"), (9.876, "9.88"), (0.25, "0.25")]
 )
