@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import logging.handlers
@@ -24,40 +25,49 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules import doctor, planner
 from modules import settings as settings_module
+from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
 from modules.bench import Bench, BenchJobs, Outcome, Sizes
 from modules.bench import Step as BenchStep
 from modules.chats import Chats
-from modules.downloads import Downloads
-from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, card_bytes
+from modules.downloads import Downloads, JobView
+from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
-from modules.hardware import Hardware
+from modules.hardware import Hardware, Machine
 from modules.images import Images
-from modules.library import Library
+from modules.library import Library, largest_weights
 from modules.loader import Loader
+from modules.lookup import Lookup
 from modules.measured import History, Row, markdown, text_table
 from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
+from modules.shelf import Shelf
 from modules.terminal import Asked, Terminal
 from modules.ui.bench import BenchPanel, MeasuredPanel
 from modules.ui.downloads import DownloadsPanel
-from modules.ui.system import SystemPage
+from modules.ui.models import ModelsPanel
+from modules.ui.plan import Planning
+from modules.ui.shelf import ShelfPanel
+from modules.ui.system import SystemPage, engine_states
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
 MEASURED = "measured.jsonl"  # in the data folder
+PATIENCE_S = 20.0  # of a command for a driver; one of many cards that nobody used for a while needs that long
+CARDS_AGAIN_S = 5.0
 
 
-def build(settings: Settings, chats: Chats, on_change: Callable[[], None]) -> Assistant:
+def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardware: Hardware) -> Assistant:
     """The objects without any network."""
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
     kinds |= engines_for_cards(settings)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
-    vram = settings.vram_budget_bytes or card_bytes()
+    vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
     loader = Loader(
         kinds, settings.memory_budget_bytes, vram_budget_bytes=vram, limits=limits, on_change=on_change
     )
@@ -96,7 +106,8 @@ def set_up_logging(settings: Settings) -> None:
 def ask(settings: Settings) -> int:
     """`ask PRESET TEXT`: print an answer, streamed, by the path that the page uses. Nothing is kept."""
     text = sys.stdin.read() if settings.ask_text == "-" else settings.ask_text
-    assistant = build(settings, Chats(":memory:"), lambda: None)
+    hardware = Hardware(settings.models_dir)
+    assistant = build(settings, Chats(":memory:"), lambda: None, hardware)
     try:
         images = [assistant.add_image(_read(path)).id for path in settings.ask_images]
         job = assistant.reply(None, text, images, settings.ask_preset)
@@ -107,6 +118,7 @@ def ask(settings: Settings) -> int:
             return 130
     finally:
         assistant.close()
+        hardware.close()
 
 
 def _read(path: Path) -> bytes:
@@ -166,13 +178,69 @@ def run_terminal(settings: Settings) -> int:
     library = Library(settings.models_dir, settings.bundled_dir)
     downloads = Downloads(library)
     terminal = Terminal(Presets(settings.preset_dirs), library, downloads, lambda text: print(text, end="", flush=True))
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
     asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
     try:
         if settings.command == "download":
-            return terminal.download(asked, sys.stdout.isatty(), settings.vram_budget_bytes)
-        return terminal.models() if settings.command == "models" else terminal.plan(asked, [])
+            vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
+            return terminal.download(asked, sys.stdout.isatty(), vram)
+        if settings.command == "models":
+            return terminal.models()
+        return terminal.plan(asked, planner.cards_of(hardware.snapshot()))
     finally:
         downloads.close()
+        hardware.close()
+
+
+def run_doctor(settings: Settings) -> int:
+    """`doctor`: this machine beside what Turntable needs; exit code 1 where something does not work as it is."""
+    hardware, environments = Hardware(settings.models_dir, limit_s=PATIENCE_S), Environments()
+    try:
+        tell_bus_speeds(environments, hardware)
+        machine = examined(settings, hardware)
+    finally:
+        hardware.close()
+    examination = doctor.examine(machine, engine_states(environments.list()), settings.pinned_memory_bytes)
+    if settings.as_json:
+        print(json.dumps({**examination.to_dict(), "machine": dataclasses.asdict(machine)}, indent=1))
+    else:
+        plain = not _can_print(doctor.MARKS[doctor.OK] + doctor.MARKS[doctor.PROBLEM] + "→°")
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        width = min(120, shutil.get_terminal_size((100, 24)).columns)
+        print(doctor.format_report(machine, examination, colour=colour, ascii_only=plain, width=width), end="")
+    return doctor.exit_code(examination)
+
+
+def examined(settings: Settings, hardware: Hardware) -> Machine:
+    """Two looks, since load is of the time between; what lies between them is the disk's reading speed."""
+    before = hardware.snapshot(0)
+    file = None if before.disk.words else largest_weights(settings.models_dir)
+    if file is None:
+        time.sleep(0.5)
+    else:
+        try:
+            hardware.measure_disk(file)
+        except OSError as error:
+            log.warning("The disk's reading speed was not measured: %s", error)
+    return hardware.snapshot(0)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:
+    """What the engines' self-tests measured of each card's link; the fastest, where several did."""
+    speeds: dict[str, float] = {}
+    for found in map(environments.get, NAMES):
+        for card, speed in found.bus_speeds.items():
+            speeds[card] = max(speed, speeds.get(card, 0.0))
+    for card, speed in speeds.items():
+        hardware.set_bus_speed(card, speed)
 
 
 def run_bench(settings: Settings) -> int:
@@ -190,8 +258,8 @@ def run_bench(settings: Settings) -> int:
     except SettingsError:
         words = "Turntable is running with this data folder; what it does meanwhile falsifies the figures."
         print(f"turntable: {words} Its System page can measure as well.", file=sys.stderr)
-    assistant = build(settings, Chats(":memory:"), lambda: None)
-    hardware = Hardware(settings.models_dir)
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    assistant = build(settings, Chats(":memory:"), lambda: None, hardware)
     bench = Bench(assistant, hardware, history)
     outcome = Outcome()
     try:
@@ -253,7 +321,7 @@ def print_rows(rows: Sequence[Row], settings: Settings, more: dict[str, Any]) ->
 
 def run_engines(settings: Settings) -> int:
     """`engines`: list them, or install, test or remove one, with progress."""
-    environments = Environments()
+    environments = Environments(cards=cards_of(Hardware(settings.models_dir, limit_s=PATIENCE_S)))
     if settings.action == "list":
         for found in environments.list():
             versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
@@ -310,8 +378,6 @@ def serve(settings: Settings) -> int:
     """Run until a signal says stop. Exit code 0, or 1 when the port or the data folder is taken."""
     lock = _lock(settings)
     listener = _listen(settings.port)
-    import uvicorn
-
     from modules.gate import Gate, GateRules
     from modules.live import Live
 
@@ -320,24 +386,67 @@ def serve(settings: Settings) -> int:
     if broken:
         log.warning("%d answers were cut off when Turntable ended last time; they are marked", broken)
     hub: list[Live] = []
-    assistant = build(settings, chats, lambda: hub[0].changed() if hub else None)
+    built: list[Assistant] = []
+    hardware = Hardware(settings.models_dir, lambda: built[0].engine_pids() if built else ())
+    assistant = build(settings, chats, lambda: hub[0].changed() if hub else None, hardware)
+    built.append(assistant)
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
-    jobs = EngineJobs(
-        Environments(), on_change=lambda: hub[0].panel_changed("system") if hub else None,
-        on_done=lambda found: take_engine(found, assistant, settings),
+    environments = Environments(cards=cards_of(hardware))
+    tell_bus_speeds(environments, hardware)
+
+    def redraw(*names: str) -> None:
+        for name in names if hub else ():
+            hub[0].panel_changed(name)
+
+    def moved(view: JobView) -> None:
+        redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
+
+    take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
+    downloads = Downloads(assistant.library, on_change=moved)
+    shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
+    models = ModelsPanel(
+        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
+        lambda: redraw("models", "shelf"),
     )  # fmt: skip
-    downloads = Downloads(
-        assistant.library, on_change=lambda view: hub[0].panel_changed("downloads") if hub else None
-    )
-    bench = build_bench(assistant, settings, hub)
-    panels: dict[str, Any] = {"system": SystemPage(jobs), "downloads": DownloadsPanel(downloads, assistant.presets)}
-    panels |= {"bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history)}
-    live = Live(assistant, panels=panels)
+    bench = build_bench(assistant, hardware, settings, redraw)
+    panels: dict[str, Any] = {
+        "system": system, "bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history),
+        "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
+    }  # fmt: skip
+    answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
+    live = Live(assistant, panels=panels, answerers=answerers)
     hub.append(live)
+    ended = threading.Event()
+    wait_for_cards(settings, assistant, hardware, ended)
     install_engine(jobs, settings)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     page = Page(settings, assistant, live, address)
     gate = Gate(page.application(), GateRules(max_body_bytes=MOST_BODY_BYTES))
+
+    server = _server(gate)
+    log.info("Turntable is on its way at %s", address)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        ended.set()
+        system.close()
+        jobs.close()
+        bench.close()
+        downloads.close()
+        shelf.close()
+        assistant.close()
+        hardware.close()
+        lock.close()
+        log.info("Turntable has ended")
+    return 0
+
+
+def _server(gate: Any) -> Any:
+    """uvicorn, with limits, and signals that end it in order."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         """uvicorn sends itself the signal again once it has ended, which would skip what ends the engines."""
@@ -351,45 +460,69 @@ def serve(settings: Settings) -> int:
                 for sig, handler in before.items():
                     signal.signal(sig, handler)
 
-    server = Server(uvicorn.Config(
+    return Server(uvicorn.Config(
         gate, log_level="error", access_log=False, ws="websockets-sansio", ws_max_size=4_000_000, lifespan="on",
         timeout_graceful_shutdown=3, server_header=False, date_header=False, http="h11",
         h11_max_incomplete_event_size=65536,
     ))  # fmt: skip
-    log.info("Turntable is on its way at %s", address)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        jobs.close()
-        bench.close()
-        downloads.close()
-        assistant.close()
-        lock.close()
-        log.info("Turntable has ended")
-    return 0
 
 
-def build_bench(assistant: Assistant, settings: Settings, hub: list[Any]) -> BenchJobs:
+def wait_for_cards(settings: Settings, assistant: Assistant, hardware: Hardware, ended: threading.Event) -> None:
+    """A driver may be slower than the start is patient; its cards count from when it answers. Does not wait itself."""
+
+    def is_silent(machine: Machine) -> bool:
+        return "not answering" in (machine.driver.state, *(card.state for card in machine.cards))
+
+    def wait() -> None:
+        while not ended.wait(CARDS_AGAIN_S):
+            machine = hardware.snapshot()
+            if not is_silent(machine):
+                assistant.set_vram_budget(settings.vram_budget_bytes or machine.card_budget_bytes)
+                log.info("the NVIDIA driver answers now: %d MB for models", machine.card_budget_bytes >> 20)
+                return
+
+    if is_silent(hardware.snapshot()):
+        log.warning("the NVIDIA driver or a card does not answer; Turntable starts without it")
+        threading.Thread(target=wait, name="late-cards", daemon=True).start()
+
+
+def build_bench(
+    assistant: Assistant, hardware: Hardware, settings: Settings, redraw: Callable[[str], None]
+) -> BenchJobs:
     """The measurements that are started from the page."""
-
-    def changed(name: str) -> None:
-        if hub:
-            hub[0].panel_changed(name)
-
+    history = History(settings.data_dir / MEASURED)
     return BenchJobs(
-        assistant, Hardware(settings.models_dir), History(settings.data_dir / MEASURED), lambda: changed("bench"),
-        on_row=lambda row: changed("measured"),
+        assistant, hardware, history, lambda: redraw("bench"), on_row=lambda row: redraw("measured")
     )  # fmt: skip
 
 
-def take_engine(found: Environment, assistant: Assistant, settings: Settings) -> None:
+def take_engine(found: Environment, assistant: Assistant, settings: Settings, hardware: Hardware) -> None:
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
+    tell_bus_speeds(Environments(), hardware)
     usable = engines_for_cards(settings)
     if found.name in usable:
         assistant.kinds[found.name] = usable[found.name]
     else:
         assistant.kinds.pop(found.name, None)
+
+
+def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads) -> dict[str, Any]:
+    """What a single page may ask: the list for another machine, a repository, the plan of a model."""
+    planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
+    return {"models": models.ask, "look": planning.look, "plan": planning.plan}
+
+
+def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
+    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
+    found = dict.fromkeys(assistant.kinds, READY)
+    for name in NAMES:
+        if name in found:
+            continue
+        environment = environments.get(name)
+        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
+        found[name] = state
+    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:
@@ -521,6 +654,8 @@ def main(arguments: list[str]) -> int:
             return run_bench(settings)
         if settings.command in ("download", "models", "plan"):
             return run_terminal(settings)
+        if settings.command == "doctor":
+            return run_doctor(settings)
         return ask(settings) if settings.command == "ask" else serve(settings)
     except SettingsError as error:
         print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)

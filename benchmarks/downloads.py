@@ -20,8 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from modules.downloads import PARTIAL, Downloads, Options, Ref
+from modules.downloads import PARTIAL, Downloads, Options
 from modules.errors import ModelNotDownloaded
+from modules.hub import Ref
 from modules.library import Library
 from tests.hub_server import Hub, sha256
 

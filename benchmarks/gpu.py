@@ -7,6 +7,9 @@ page-locked memory; swaps between all of them through the loader; and compares p
 and decode speed with the bare library in the same run. TURNTABLE_GPU_PYTHON names the
 engine's interpreter where .engines holds none; TURNTABLE_BENCH_DIR is where the
 checkpoints (62 GB for all) are written and kept, TURNTABLE_BENCH_MODELS picks some.
+
+The same models as GGUF are measured with llama.cpp where its build has a device for
+them; TURNTABLE_LLAMA_PYTHON names an interpreter with an xllamacpp built for CUDA.
 """
 
 from __future__ import annotations
@@ -74,6 +77,45 @@ def make(place: Path, chosen: list[str]) -> dict[str, Path]:
             print(f"wrote {folder.name} in {time.perf_counter() - began:.0f} s", flush=True)
         folders[preset] = folder
     return folders
+
+
+def make_gguf(place: Path, preset: str) -> Path:
+    """The pick's shape as a GGUF file of about the same bits, written where it is not there yet."""
+    model, bpw = PICKS[preset]
+    folder = place / f"{model}-{bpw}-gguf"
+    if not list(folder.glob("*.gguf")):
+        command = [sys.executable, "-m", "benchmarks", "make-model", model, "--bpw", bpw, "--format", "gguf"]
+        subprocess.run([*command, "--out", str(folder)], cwd=ROOT, check=True)
+    return next(path for path in sorted(folder.glob("*.gguf")) if "mmproj" not in path.name)
+
+
+def llama_kind() -> EngineKind | None:
+    """llama.cpp where its build can use a card, else None."""
+    python = os.environ.get("TURNTABLE_LLAMA_PYTHON") or sys.executable
+    program = "import json, xllamacpp; print(json.dumps([d['type'].name for d in xllamacpp.get_device_info()]))"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    kinds = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 and done.stdout.strip() else []
+    if not any(kind.endswith(("_GPU", "_IGPU")) for kind in kinds):
+        return None
+    return EngineKind("llamacpp", python, memory="vram")
+
+
+def llama_row(kind: EngineKind, model: Path, variant: Variant) -> dict[str, Any]:
+    """llama.cpp's load from the page cache and its speed, every layer on the card."""
+    cache = variant.cache_mode if variant.cache_mode != "Q6" else "Q8"  # its keys and values have one type
+    options = (("gpu_layers", "999"),)
+    spec = EngineSpec("llamacpp", str(model), context=variant.context, cache_mode=cache, options=options)
+    process = EngineProcess(kind, Limits(load_s=900, stall_s=300))
+    try:
+        process.load(spec, lambda event: None)  # once for the page cache
+    finally:
+        process.stop()
+    process = EngineProcess(kind, Limits(load_s=900, stall_s=300))
+    try:
+        load = process.load(spec, lambda event: None).load_s
+    finally:
+        process.stop()
+    return {"file": model.name, "bytes": model.stat().st_size, "load_s": load, **speed(kind, spec)}
 
 
 def forget(folder: Path) -> None:
@@ -247,6 +289,12 @@ def _measure(specs: dict[str, EngineSpec]) -> dict[str, Any]:
         row["predicted"] = planner.plan_variant(pick(preset)).gpu_bytes
         rows[preset] = row
         print(json.dumps({preset: row}), flush=True)
+    if (llama := llama_kind()) is None:
+        print("llama.cpp is not measured: no build with a device for this card is installed.")
+    else:
+        for preset, spec in specs.items():
+            model = make_gguf(Path(spec.model).parent, preset)
+            rows[preset]["llamacpp"] = llama_row(llama, model, pick(preset))
     for preset, figures in pinned_swaps(specs).items():
         rows[preset]["pinned"] = figures
     for preset, seconds in loader_swap(specs).items():
@@ -278,5 +326,13 @@ def table(result: dict[str, Any]) -> str:
             f"{fast['decode']:.1f} ({alone['decode_tokens_per_s']:.1f})", f"{row['predicted'] / 1e9:.2f}",
             f"{row['page_cache']['card'] / 1e9:.2f}",
         ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    others = {preset: row["llamacpp"] for preset, row in result["rows"].items() if "llamacpp" in row}
+    if others:
+        lines += ["", "| llama.cpp, preset | file | GB | page cache s | prompt t/s | decode t/s |"]
+        lines.append("|---|---|---|---|---|---|")
+    for preset, row in others.items():
+        cells = [preset, row["file"], f"{row['bytes'] / 1e9:.2f}", f"{row['load_s']:.2f}"]
+        cells += [f"{row['prompt']:.0f}", f"{row['decode']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 from modules import render
 
 FOLDER = Path(__file__).resolve().parent / "ui" / "assets"
-KINDS = {"page.js": "text/javascript", "outer.css": "text/css", "icon.svg": "image/svg+xml"}
+KINDS = {"page.js": "text/javascript", "models.js": "text/javascript", "outer.css": "text/css", "icon.svg": "image/svg+xml"}
 WAITING = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Turntable</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="refresh" content="10">
 <style>body{{font:16px system-ui,sans-serif;display:grid;place-items:center;height:100vh;margin:0;background:#fafafa;color:#27272a}}
@@ -27,7 +27,7 @@ animation:t 1s linear infinite}}@keyframes t{{to{{transform:rotate(1turn)}}}}</s
 
 def stylesheet() -> str:
     """All of the page's CSS: its own and that of highlighted code."""
-    return (FOLDER / "page.css").read_text(encoding="utf-8") + render.css()
+    return "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "models.css")) + render.css()
 
 
 def address(name: str) -> str:

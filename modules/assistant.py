@@ -54,7 +54,8 @@ log = logging.getLogger("turntable.assistant")
 
 @dataclasses.dataclass(frozen=True)
 class VariantState:
-    """A variant on this machine. state: ready, engine_missing, not_downloaded, damaged or does_not_fit."""
+    """A variant on this machine. state: ready, engine_missing, not_downloaded, damaged or does_not_fit; here: its
+    files are on the disk."""
 
     variant: Variant
     state: str
@@ -62,6 +63,7 @@ class VariantState:
     command: str
     needs_bytes: int
     chosen: bool = False
+    here: bool = False
 
 
 class Job:
@@ -335,18 +337,21 @@ class Assistant:
     def _state(self, variant: Variant, chosen: bool) -> VariantState:
         needs = needs_bytes(variant, variant.size_bytes)
         command = self.library.download_command(variant)
-        if variant.engine not in self.kinds:
-            return VariantState(variant, "engine_missing", f"{variant.engine} is not installed", command, needs)
         try:
             located = self._locate(variant)
         except ModelNotDownloaded:
-            return VariantState(variant, "not_downloaded", "not downloaded", command, needs)
+            state = "not_downloaded" if variant.engine in self.kinds else "engine_missing"
+            return VariantState(variant, state, "not downloaded", command, needs)
         except TurntableError as error:
-            return VariantState(variant, "damaged", str(error), command, needs)
+            return VariantState(variant, "damaged", str(error), command, needs, here=True)
+        if variant.engine not in self.kinds:
+            why = f"{variant.engine} is not installed"
+            return VariantState(variant, "engine_missing", why, command, needs, here=True)
         needs = needs_bytes(variant, located.size_bytes)
         if needs > self._loader.budget_bytes(variant.engine):
-            return VariantState(variant, "does_not_fit", f"needs {needs / 1e9:.1f} GB", command, needs, chosen)
-        return VariantState(variant, "ready", "ready", "", needs, chosen)
+            why = f"needs {needs / 1e9:.1f} GB"
+            return VariantState(variant, "does_not_fit", why, command, needs, chosen, here=True)
+        return VariantState(variant, "ready", "ready", "", needs, chosen, here=True)
 
     def label(self, spec: EngineSpec) -> str:
         """What a loaded model is called on the page."""
@@ -376,6 +381,14 @@ class Assistant:
     def wake(self) -> None:
         """Let waiting leases look at their `cancelled` at once."""
         self._loader.wake()
+
+    def engine_pids(self) -> list[int]:
+        """Process ids of the engines' children."""
+        return self._loader.pids()
+
+    def set_vram_budget(self, size_bytes: int) -> None:
+        """Memory of the cards for models, where it became known after the start."""
+        self._loader.set_vram_budget(size_bytes)
 
     def loader_view(self) -> LoaderView:
         """What is in memory, for display."""

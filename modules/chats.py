@@ -323,6 +323,13 @@ class Chats:
             rows = db.execute("SELECT DISTINCT images FROM messages WHERE images <> '[]'").fetchall()
         return {image for (images,) in rows for image in _images(images)}
 
+    def last_used(self) -> dict[str, float]:
+        """When each model last answered, by the variant's title, in seconds since the epoch."""
+        with self._read() as db:
+            latest = "SELECT variant, MAX(CAST(created_s AS REAL)) FROM messages WHERE variant <> '' GROUP BY variant"
+            found = db.execute(latest)
+            return {str(variant): float(when) for variant, when in found}
+
     def close(self) -> None:
         """Close the file; later calls raise ChatDamaged. Closing twice is harmless."""
         with self._lock, _plain_words():

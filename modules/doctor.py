@@ -127,7 +127,7 @@ def requirements(machine: Machine) -> Iterator[Requirement]:
     """Each requirement beside what was found."""
     best = max((card.total_bytes or 0 for card in machine.working_cards), default=0)
     sizes = " + ".join(
-        f"{_gib(card.total_bytes)} ({_short(card)})" if card.total_bytes else _short(card)
+        f"{gib(card.total_bytes)} ({short_name(card)})" if card.total_bytes else short_name(card)
         for card in machine.working_cards
     )
     yield Requirement(
@@ -136,13 +136,13 @@ def requirements(machine: Machine) -> Iterator[Requirement]:
     )  # fmt: skip
     cuda = machine.driver.cuda
     yield Requirement(
-        "CUDA of the driver", _dotted(LEAST_CUDA), f"{_dotted(TORCH_CUDA)} (driver {TORCH_DRIVER})",
-        f"{_dotted(cuda)} (driver {machine.driver.version})" if cuda else "no driver that answers",
+        "CUDA of the driver", dotted(LEAST_CUDA), f"{dotted(TORCH_CUDA)} (driver {TORCH_DRIVER})",
+        f"{dotted(cuda)} (driver {machine.driver.version})" if cuda else "no driver that answers",
         PROBLEM if not cuda or cuda < LEAST_CUDA else OK if cuda >= TORCH_CUDA else ADVICE,
     )  # fmt: skip
     total = machine.memory.total_bytes
     yield Requirement(
-        "RAM", f"{LEAST_RAM} GB", f"{GOOD_RAM} GB", _gib(total) if total else "not known",
+        "RAM", f"{LEAST_RAM} GB", f"{GOOD_RAM} GB", gib(total) if total else "not known",
         _two(total, LEAST_RAM * GIB, GOOD_RAM * GIB, RAM_SLACK) if total else ADVICE,
     )  # fmt: skip
     cores = machine.cpu.usable
@@ -238,17 +238,17 @@ def _cure(machine: Machine) -> str:
 
 def _versions(machine: Machine) -> Iterator[Finding]:
     driver = machine.driver
-    said = f"Driver {driver.version or 'of unknown version'}, which knows CUDA {_dotted(driver.cuda)}."
+    said = f"Driver {driver.version or 'of unknown version'}, which knows CUDA {dotted(driver.cuda)}."
     update = "Update NVIDIA's driver in Windows." if machine.system.wsl else "Update the NVIDIA driver, and restart."
     if driver.cuda is not None and driver.cuda < LEAST_CUDA:
         yield Finding(
-            PROBLEM, "driver", "The NVIDIA driver is too old", f"{said} The least is CUDA {_dotted(LEAST_CUDA)}.",
+            PROBLEM, "driver", "The NVIDIA driver is too old", f"{said} The least is CUDA {dotted(LEAST_CUDA)}.",
             update,
         )  # fmt: skip
     elif driver.major is not None and driver.major < TORCH_DRIVER:
         yield Finding(
             ADVICE, "driver", f"The ExLlama engines need driver {TORCH_DRIVER} or newer",
-            f"{said} The PyTorch of these engines is built for CUDA {_dotted(TORCH_CUDA)}.", update,
+            f"{said} The PyTorch of these engines is built for CUDA {dotted(TORCH_CUDA)}.", update,
         )  # fmt: skip
     else:
         yield Finding(OK, "driver", "The NVIDIA driver answers", said)
@@ -292,16 +292,16 @@ def _ability(card: Card) -> Iterator[Finding]:
         )  # fmt: skip
     if card.capability is None:
         return
-    said = f"Its compute capability is {_dotted(card.capability)}"
+    said = f"Its compute capability is {dotted(card.capability)}"
     able = [name for name, least in ENGINE_CARDS.items() if card.capability >= least]
     if card.capability < LEAST_CARD:
         yield Finding(
-            PROBLEM, "card", f"{_named(card)} is too old", f"{said}; the least is {_dotted(LEAST_CARD)} (Pascal).",
+            PROBLEM, "card", f"{_named(card)} is too old", f"{said}; the least is {dotted(LEAST_CARD)} (Pascal).",
             "Models run on the processor with llama.cpp.", card.index,
         )  # fmt: skip
     elif len(able) < len(ENGINE_CARDS):
         missing = " and ".join(
-            f"{name} needs {_dotted(least)}" for name, least in ENGINE_CARDS.items() if name not in able
+            f"{name} needs {dotted(least)}" for name, least in ENGINE_CARDS.items() if name not in able
         )
         yield Finding(
             ADVICE, "card", f"{_named(card)} runs {' and '.join(able) or 'neither of the ExLlama engines'}",
@@ -316,7 +316,7 @@ def _size(card: Card, machine: Machine) -> Iterator[Finding]:
             "Say with --vram-budget how much models may take.", card.index,
         )  # fmt: skip
         return
-    size = _gib(card.total_bytes)
+    size = gib(card.total_bytes)
     level = _two(card.total_bytes, LEAST_VRAM * GIB, GOOD_VRAM * GIB, CARD_SLACK)
     if level == OK:
         fits = "Models of 32 billion weights at 4.25 bpw fit."
@@ -348,7 +348,7 @@ def _others(card: Card, machine: Machine) -> Iterator[Finding]:
         if card.used_bytes and card.used_bytes > GIB:
             yield Finding(
                 ADVICE, "card", f"On {_named(card)} ours and others' memory cannot be told apart",
-                f"{_gib(card.used_bytes)} are in use, and "
+                f"{gib(card.used_bytes)} are in use, and "
                 + ("inside a container" if machine.system.container else "here")
                 + " the driver does not say by which program.",
                 "", card.index,
@@ -357,12 +357,12 @@ def _others(card: Card, machine: Machine) -> Iterator[Finding]:
     if held < max(1.5 * GIB, 0.1 * (card.total_bytes or 0)):
         return
     programs = [p for p in card.processes if not p.ours]
-    names = [f"{p.name} ({_gib(p.used_bytes)})" if p.used_bytes else p.name for p in programs[:4]]
+    names = [f"{p.name} ({gib(p.used_bytes)})" if p.used_bytes else p.name for p in programs[:4]]
     more = f" and {len(programs) - 4} more" if len(programs) > 4 else ""
     by = ", ".join(names) + more if names else "programs that the driver does not name"
     yield Finding(
-        ADVICE, "card", f"Other programs hold {_gib(held)} of {_named(card)}", f"By size: {by}.",
-        f"Close what you do not need; models have {_gib(card.free_bytes)} now.", card.index,
+        ADVICE, "card", f"Other programs hold {gib(held)} of {_named(card)}", f"By size: {by}.",
+        f"Close what you do not need; models have {gib(card.free_bytes)} now.", card.index,
     )  # fmt: skip
 
 
@@ -434,7 +434,8 @@ def _engines(machine: Machine, engines: Sequence[EngineState]) -> Iterator[Findi
         title = f"{engine.title} {engine.version}".strip()
         again = f"python app.py engines install {engine.name}"
         if engine.state == "ready":
-            yield Finding(OK, "engine", f"{title} is ready", "Installed, and its self-test passed.")
+            how = "Installed, and its self-test passed." if engine.name in ENGINE_CARDS else "It needs no card."
+            yield Finding(OK, "engine", f"{title} is ready", how)
         elif engine.state == "installing":
             yield Finding(OK, "engine", f"{title} is being installed", engine.problem)
         elif engine.state == "untested":
@@ -459,7 +460,7 @@ def _memory(machine: Machine, pinned_bytes: int) -> Iterator[Finding]:
     if not memory.total_bytes:
         yield Finding(ADVICE, "memory", "The RAM's size is not known", "This system did not say.")
         return
-    size = _gib(memory.total_bytes)
+    size = gib(memory.total_bytes)
     where = ""
     if memory.limited:
         where = " That is the limit of the container or of the service, not the computer's."
@@ -477,13 +478,13 @@ def _memory(machine: Machine, pinned_bytes: int) -> Iterator[Finding]:
     yield Finding(level, "memory", f"{size} of RAM", words[level] + where, todo[level])
     if memory.available_bytes < min(4 * GIB, memory.total_bytes // 4):
         yield Finding(
-            ADVICE, "memory", f"Only {_gib(memory.available_bytes)} of RAM are free",
+            ADVICE, "memory", f"Only {gib(memory.available_bytes)} of RAM are free",
             "Models are read through the RAM, and models for the processor live in it.",
             "Close what you do not need.",
         )  # fmt: skip
     if machine.working_cards and pinned_bytes > max(0, memory.total_bytes - PINNED_REST):
         yield Finding(
-            PROBLEM, "memory", f"{_gib(pinned_bytes)} may be page-locked, of {size}",
+            PROBLEM, "memory", f"{gib(pinned_bytes)} may be page-locked, of {size}",
             "Page-locked memory cannot be swapped out, and the rest of the computer would starve.",
             "Lower --pinned-memory; a third of the RAM is the default.",
         )  # fmt: skip
@@ -574,7 +575,7 @@ def _system(machine: Machine) -> Iterator[Finding]:
     elif not low <= system.python[:2] <= high:
         yield Finding(
             ADVICE if system.python[:2] > high else PROBLEM, "system", f"Python {version} was not tried",
-            f"Turntable is tested with {_dotted(low)} to {_dotted(high)}.", f"Install Python {_dotted(high)}.",
+            f"Turntable is tested with {dotted(low)} to {dotted(high)}.", f"Install Python {dotted(high)}.",
         )  # fmt: skip
     else:
         yield Finding(OK, "system", f"Python {version}", f"{system.os} {system.release}, {system.machine}.")
@@ -588,7 +589,7 @@ def _system(machine: Machine) -> Iterator[Finding]:
 # Words ----------------------------------------------------------------------------------------------------
 
 
-def _gib(size_bytes: int | None) -> str:
+def gib(size_bytes: int | None) -> str:
     """In the GB that memory is sold in."""
     if size_bytes is None:
         return "an unknown part"
@@ -598,16 +599,18 @@ def _gib(size_bytes: int | None) -> str:
     return f"{value:.0f} GB" if value >= 9.95 or value == round(value) else f"{value:.1f} GB"
 
 
-def _dotted(version: tuple[int, ...] | None) -> str:
+def dotted(version: tuple[int, ...] | None) -> str:
+    """(13, 0) as 13.0."""
     return ".".join(map(str, version)) if version else "unknown"
 
 
-def _short(card: Card) -> str:
+def short_name(card: Card) -> str:
+    """Without the maker, as people call it."""
     return re.sub(r"^NVIDIA (?:GeForce )?", "", card.name)
 
 
 def _named(card: Card) -> str:
-    return f"Card {card.index} ({_short(card)})"
+    return f"Card {card.index} ({short_name(card)})"
 
 
 def _count(number: int, what: str) -> str:
@@ -655,9 +658,9 @@ def _card_lines(card: Card) -> Iterator[str]:
     yield f"{card.index}  {card.name}" + ("" if card.works else f": {card.words}")
     if not card.works:
         return
-    told = [f"{_gib(card.total_bytes)}, {_gib(card.free_bytes)} free"] if card.total_bytes else []
+    told = [f"{gib(card.total_bytes)}, {gib(card.free_bytes)} free"] if card.total_bytes else []
     if card.ours_bytes is not None and card.others_bytes is not None:
-        told.append(f"ours {_gib(card.ours_bytes)}, others {_gib(card.others_bytes)}")
+        told.append(f"ours {gib(card.ours_bytes)}, others {gib(card.others_bytes)}")
     if card.power_w is not None:
         told.append(f"{card.power_w:.0f} W" + (f" of {card.power_limit_w:.0f} W" if card.power_limit_w else ""))
     if card.temperature_c is not None:

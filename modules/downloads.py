@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import difflib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -31,17 +29,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
-
-import huggingface_hub
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from .errors import (
-    AccessDenied,
     DownloadError,
     HashMismatch,
     ModelFilesUnsafe,
@@ -50,6 +41,20 @@ from .errors import (
     SourceUnreachable,
     TurntableError,
     from_wire,
+)
+from .hub import (
+    INDEX,
+    Entry,
+    Hub,
+    Look,
+    Plan,
+    Ref,
+    Transient,
+    checked,
+    entries_of,
+    folder_entries,
+    gguf_entries,
+    stored_token,
 )
 from .library import PICKLES, Library, check_gguf, check_safetensors
 from .presets import Variant
@@ -61,128 +66,14 @@ PARTIAL = ".partial"
 RUNNING = ("queued", "planning", "checking", "downloading", "publishing")
 
 _GB = 10**9
-_MAX_REPO_FILES = 10_000
-_MAX_NEEDED_FILES = 400
-_MAX_FILE_BYTES = 2 * 10**12
-_MAX_SIDE_FILE_BYTES = 512 * 2**20  # tokenizers reach 35 MB
 _MAX_JSON_BYTES = 16 * 2**20
-_MAX_REDIRECTS = 8
+_PARTIAL_CONTENT = 206
 _READ_BYTES = 2**20
-_LONGEST_RETRY_AFTER_S = 3600.0
 _NOTIFY_EVERY_S = 0.25
 _SPEED_WINDOW_S = 10.0
-_SHOWN_BRANCHES = 12
 
-_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
-_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
-_PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,198}[A-Za-z0-9_+-])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
-# Windows opens a device under these names, whatever the ending.
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
-_INDEX = "model.safetensors.index.json"
-# What the ExLlama engines read beside the weights. Code and pickles are never among it.
-_SIDE_FILES = re.compile(
-    r"config\.json|generation_config\.json|quantization_config\.json|(?:video_)?preprocessor_config\.json"
-    r"|processor_config\.json|tokenizer\.json|tokenizer_config\.json|tokenizer\.model|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.json|vocab\.txt|merges\.txt|spiece\.model|[\w.-]+\.tiktoken|chat_template\.[\w.]+"
-)
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-_REDIRECTS = (301, 302, 303, 307, 308)
-_OK, _PARTIAL_CONTENT, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _BAD_RANGE, _TOO_MANY = 200, 206, 401, 403, 404, 416, 429
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# The hub library changed its HTTP library between versions; its own error names the base of the one in use.
-_TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
-
-
-@dataclass(frozen=True)
-class Ref:
-    """What to download: a repository at a revision; for GGUF one file, in all its parts, and perhaps its projector."""
-
-    repo: str
-    revision: str = ""
-    file: str = ""
-    projector: str = ""
-
-    def __post_init__(self) -> None:
-        if not _REPO.fullmatch(self.repo) or ".." in self.repo:
-            raise SourceNotFound(f"{_shown(self.repo)} is no repository.", hint="Write it as OWNER/NAME.")
-        if self.revision and (not _REVISION.fullmatch(self.revision) or ".." in self.revision):
-            raise SourceNotFound(f"{_shown(self.revision)} is no branch or commit.")
-        for name in (self.file, self.projector):
-            if name and (not _PLAIN.fullmatch(name) or _DEVICE.fullmatch(name) or not name.endswith(".gguf")):
-                raise SourceNotFound(f"{_shown(name)} is no plain name of a GGUF file.")
-        if not self.file and not self.revision:
-            # The main branch of such a repository often holds no weights, and downloads "well" in a second.
-            raise SourceNotFound(
-                f"{self.repo} needs a revision, because the weights lie on branches.",
-                hint="Write OWNER/NAME@REVISION, or name a GGUF file.",
-            )
-
-    @classmethod
-    def of(cls, variant: Variant) -> Ref:
-        """The ref of a preset's variant. Raises SourceNotFound for one without a repository."""
-        if not variant.repo:
-            raise SourceNotFound(f"{variant.title} is not downloaded: it is bundled, or a path on this machine.")
-        return cls(variant.repo, variant.revision, variant.file, variant.projector)
-
-    @classmethod
-    def parse(cls, text: str, file: str = "", projector: str = "") -> Ref:
-        """OWNER/NAME@REVISION, as written on the command line."""
-        repo, _, revision = text.partition("@")
-        return cls(repo, revision, file, projector)
-
-    @property
-    def id(self) -> str:
-        """A name for the job that is the same for the same ref, and fit for a file name."""
-        words = "|".join((self.repo.lower(), self.revision or "main", self.file, self.projector))
-        name = re.sub(r"[^A-Za-z0-9]+", "-", f"{self.repo.partition('/')[2]}-{self.file or self.revision}")
-        return f"{name[:60].strip('-')}-{hashlib.sha256(words.encode()).hexdigest()[:10]}"
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        at = f"@{self.revision}" if self.revision else ""
-        return f"{self.repo}{at}" + (f" {self.file}" if self.file else "")
-
-    def variant(self) -> Variant:
-        """The least that the library needs to know where the files belong."""
-        return Variant(
-            self.id, self.title, "llamacpp" if self.file else "exllamav2",
-            repo=self.repo, revision=self.revision, file=self.file, projector=self.projector,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One needed file. digest is its sha256, or for small files git's sha1 of the blob."""
-
-    name: str
-    size_bytes: int
-    algorithm: str
-    digest: str
-
-    def hasher(self) -> Any:
-        """An empty hash of the right kind."""
-        if self.algorithm == "sha256":
-            return hashlib.sha256()
-        return hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a download takes: the commit to which the revision was resolved, and the files that are needed."""
-
-    ref: Ref
-    commit: str
-    folder: Path
-    entries: tuple[Entry, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """All the files together."""
-        return sum(entry.size_bytes for entry in self.entries)
 
 
 @dataclass(frozen=True)
@@ -235,14 +126,6 @@ class _Stopped(Exception):
     """The person paused or cancelled, or the server ends."""
 
 
-class _Transient(Exception):
-    """Worth another try. after_s is what the hub asked to wait, None where it did not say."""
-
-    def __init__(self, sentence: str, after_s: float | None = None) -> None:
-        super().__init__(sentence)
-        self.after_s = after_s
-
-
 class _Busy(Exception):
     """Another process holds the lock."""
 
@@ -263,7 +146,7 @@ class _Patience:
             self._failed = 0
             self._note("")
 
-    def again(self, error: _Transient) -> None:
+    def again(self, error: Transient) -> None:
         """Wait before the next try. Raises SourceUnreachable when it was the last, _Stopped when paused meanwhile."""
         if self._stop.is_set():
             raise _Stopped
@@ -281,258 +164,11 @@ class _Patience:
         while True:
             try:
                 result = act()
-            except _Transient as error:
+            except Transient as error:
                 self.again(error)
             else:
                 self.progressed()
                 return result
-
-
-class _Hub:
-    """The hub's protocol: metadata, and bytes from a position on. Foreign errors become ours here and nowhere else."""
-
-    def __init__(self, endpoint: str, token: Callable[[], str | None], timeout_s: float) -> None:
-        self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self._token, self._timeout_s = token, timeout_s
-        parts = urlsplit(self.endpoint)
-        self._origin = (parts.scheme, parts.netloc)
-        self._plain = parts.scheme == "http" and parts.hostname in _LOOPBACK
-
-    def _must_be_encrypted(self) -> None:
-        """Checked at every use and not before: a wrong HF_ENDPOINT must not keep the program from starting."""
-        if not self._plain and self._origin[0] != "https":
-            raise SourceUnreachable(f"The hub's address {self.endpoint} is not encrypted.", hint="Use https.")
-
-    def info(self, ref: Ref) -> Any:
-        """The hub's description of the repository at the revision."""
-        self._must_be_encrypted()
-        api = HfApi(endpoint=self.endpoint, token=self._token() or False)
-        with self._foreign(ref), self._sense(ref):
-            found = api.model_info(
-                ref.repo, revision=ref.revision or "main", files_metadata=True, timeout=self._timeout_s
-            )
-        if getattr(found, "gated", False):
-            self._ask(ref, "auth-check")  # the list of files is public, the files are not: better now than later
-        return found
-
-    def _ask(self, ref: Ref, what: str) -> Any:
-        """One more question to the repository's API; the hub library's own functions for these wait for ever."""
-        with self._foreign(ref), self._get(f"{self.endpoint}/api/models/{ref.repo}/{what}", 0) as response:
-            self._check(ref, response, "")
-            return response.read()
-
-    def branches(self, ref: Ref) -> list[str]:
-        """The names of the branches; a help in a message only, so without them when they cannot be had."""
-        try:
-            with self._sense(ref):
-                return [str(branch["name"]) for branch in json.loads(self._ask(ref, "refs"))["branches"]]
-        except (TurntableError, _Transient):
-            return []
-
-    @contextlib.contextmanager
-    def stream(self, plan: Plan, name: str, start: int) -> Iterator[Any]:
-        """The response with the file's bytes from start on; the status is for the caller to judge when it is good."""
-        url = hf_hub_url(plan.ref.repo, name, revision=plan.commit, endpoint=self.endpoint)
-        for _ in range(_MAX_REDIRECTS):
-            with self._foreign(plan.ref, name), self._get(url, start) as response:
-                if response.status_code not in _REDIRECTS:
-                    self._check(plan.ref, response, name)
-                    yield response
-                    return
-                url = self._redirect(url, response.headers.get("location", ""))
-        raise SourceUnreachable(f"The hub sends requests for {name} in a circle.")
-
-    def _get(self, url: str, start: int) -> Any:
-        self._must_be_encrypted()
-        # The token is for the hub; a redirect leads to a storage host, whose address carries its own permission.
-        parts = urlsplit(url)
-        token = self._token() if (parts.scheme, parts.netloc) == self._origin else None
-        # Positions and hashes count the file's own bytes, so nothing may be compressed on the way.
-        headers = {"user-agent": "turntable", "accept-encoding": "identity"}
-        if token:
-            headers["authorization"] = f"Bearer {token}"
-        if start:
-            headers["range"] = f"bytes={start}-"
-        session: Any = get_session()
-        return session.stream("GET", url, headers=headers, follow_redirects=False, timeout=self._timeout_s)
-
-    def _redirect(self, url: str, location: str) -> str:
-        target = urljoin(url, location)
-        parts = urlsplit(target)
-        if parts.scheme == "https" or (self._plain and parts.scheme == "http" and parts.hostname in _LOOPBACK):
-            return target
-        raise SourceUnreachable(f"The hub redirects to {parts.scheme}://{parts.hostname}, which is not encrypted.")
-
-    @contextlib.contextmanager
-    def _foreign(self, ref: Ref, name: str = "") -> Iterator[None]:
-        try:
-            yield
-        except HfHubHTTPError as error:
-            self._check(ref, error.response, name)
-            raise SourceUnreachable(f"The hub's answer for {ref.title} makes no sense.") from None
-        except OfflineModeIsEnabled:
-            hint = "Unset HF_HUB_OFFLINE and start again."
-            raise SourceUnreachable("The hub library is told to work offline.", hint=hint) from None
-        except _TransportError as error:
-            raise _Transient(_why(error, urlsplit(self.endpoint).hostname or "the hub")) from None
-
-    @contextlib.contextmanager
-    def _sense(self, ref: Ref) -> Iterator[None]:
-        """Around what takes the hub's JSON apart: another server's page is no bug of ours."""
-        try:
-            yield
-        except HfHubHTTPError:  # also a ValueError for some statuses
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            log.debug("the hub's answer for %s: %r", ref.title, error)
-            host = urlsplit(self.endpoint).hostname
-            raise SourceUnreachable(f"{host} does not answer like the hub; is a login page in between?") from None
-
-    def _check(self, ref: Ref, response: Any, name: str) -> None:
-        """Raise what the status means; return when it is a good one."""
-        status, code = response.status_code, response.headers.get("x-error-code", "")
-        if status in (_OK, _PARTIAL_CONTENT):
-            return
-        if status in _TRANSIENT:
-            what = "asks for a pause" if status == _TOO_MANY else f"answers {status}"
-            raise _Transient(f"The hub {what}.", _retry_after(response.headers))
-        page = f"{self.endpoint}/{ref.repo}"
-        if code == "GatedRepo" or (status == _FORBIDDEN and code != "RepoNotFound"):
-            hint = f"Open {page}, accept the terms, and store a token of that account with `hf auth login`."
-            raise AccessDenied(f"{ref.repo} is handed out only to those who accepted its terms.", hint=hint)
-        if status == _UNAUTHORIZED and code != "RepoNotFound" and self._token():
-            hint = "Store a new token with `hf auth login`, or remove the old one with `hf auth logout`."
-            raise AccessDenied("The hub does not accept the stored token.", hint=hint)
-        raise self._absent(ref, status, code, name)
-
-    def _absent(self, ref: Ref, status: int, code: str, name: str) -> DownloadError:
-        if code == "RevisionNotFound":
-            return SourceNotFound(f"{ref.repo} has no revision {ref.revision or 'main'}.", hint=self.advice(ref))
-        if code == "EntryNotFound" or (name and status == _NOT_FOUND):
-            return SourceNotFound(f"{ref.repo} no longer has the file {name}.", hint="Cancel and start again.")
-        if status in (_UNAUTHORIZED, _NOT_FOUND):
-            hint = "Check the name; for a private one, store a token with `hf auth login`."
-            return SourceNotFound(f"{ref.repo} does not exist, or is private.", hint=hint)
-        if status == _BAD_RANGE:
-            return HashMismatch(f"{name} is shorter on the hub than the hub says.")
-        return SourceUnreachable(f"The hub answers {status} for {ref.title}.")
-
-    def advice(self, ref: Ref) -> str | None:
-        """The branches there are, as a hint; None keeps the error's own."""
-        names = self.branches(ref)
-        if not names:
-            return None
-        more = ", …" if len(names) > _SHOWN_BRANCHES else ""
-        return f"Its branches: {', '.join(names[:_SHOWN_BRANCHES])}{more}."
-
-
-def _why(error: Exception, host: str) -> str:
-    """A transport error in words, without its address, which may carry a signature."""
-    kind = type(error).__name__
-    if "Connect" in kind:
-        return f"{host} cannot be reached."
-    return f"{host} is silent." if "Timeout" in kind else f"The connection to {host} broke."
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that the hub asks to wait: Retry-After in seconds or as a date, or the reset of its rate limit."""
-    said = str(headers.get("retry-after", "")).strip()
-    limit = re.search(r";\s*t\s*=\s*(\d+)", str(headers.get("ratelimit", "")))
-    wait_s: float | None = None
-    if said.isdigit():
-        wait_s = float(said)
-    elif said:
-        with contextlib.suppress(ValueError, TypeError):
-            wait_s = max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    elif limit:
-        wait_s = float(limit[1])
-    return None if wait_s is None else min(wait_s, _LONGEST_RETRY_AFTER_S)
-
-
-# The plan: which files are needed -----------------------------------------------------------------
-
-
-def _entries(ref: Ref, info: Any) -> dict[str, Entry]:
-    """The repository's top-level files by name. Raises ModelFilesUnsafe for names that are tricks."""
-    siblings = list(info.siblings or ())
-    if len(siblings) > _MAX_REPO_FILES:
-        raise SourceNotFound(f"{ref.repo} has {len(siblings)} files, so it is no model's repository.")
-    found: dict[str, Entry] = {}
-    for sibling in siblings:
-        name = sibling.rfilename
-        _refuse_tricks(ref, name)
-        if "/" not in name:
-            lfs = sibling.lfs
-            size = lfs.size if lfs else sibling.size
-            digest = lfs.sha256 if lfs else sibling.blob_id
-            found[name] = Entry(
-                name, size if type(size) is int else -1, "sha256" if lfs else "git-sha1", str(digest or "").lower()
-            )
-    return found
-
-
-def _refuse_tricks(ref: Ref, name: Any) -> None:
-    parts = name.split("/") if isinstance(name, str) else [""]
-    if any(part in ("", ".", "..") or _DEVICE.fullmatch(part) or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
-        raise ModelFilesUnsafe(
-            f"{ref.repo} has a file whose name leads elsewhere: {_shown(name)}.",
-            hint="Do not use this repository; its author means harm.",
-        )
-
-
-def _checked(ref: Ref, entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """The needed files, after every check of what the hub says of them."""
-    chosen = tuple(sorted(entries, key=lambda entry: entry.name))
-    if len(chosen) > _MAX_NEEDED_FILES:
-        raise SourceNotFound(f"{ref.title} needs {len(chosen)} files, which no model does.")
-    if len({entry.name.lower() for entry in chosen}) != len(chosen):
-        raise ModelFilesUnsafe(f"{ref.repo} has files whose names differ in capitals only.")
-    for entry in chosen:
-        weights = entry.name.endswith((".gguf", ".safetensors"))
-        if not _PLAIN.fullmatch(entry.name):
-            raise ModelFilesUnsafe(f"{ref.repo} has a needed file with an odd name: {_shown(entry.name)}.")
-        if not 0 <= entry.size_bytes <= (_MAX_FILE_BYTES if weights else _MAX_SIDE_FILE_BYTES):
-            raise SourceUnreachable(f"The hub gives {entry.name} a size of {entry.size_bytes} bytes.")
-        if not re.fullmatch(r"[0-9a-f]{64}" if entry.algorithm == "sha256" else r"[0-9a-f]{40}", entry.digest):
-            raise SourceUnreachable(f"The hub gives no hash for {entry.name}, so it could not be checked.")
-    return chosen
-
-
-def _gguf_entries(ref: Ref, found: dict[str, Entry]) -> list[Entry]:
-    names = [name for base in (ref.file, ref.projector) if base for name in _shards(base)]
-    for name in names:
-        if name not in found:
-            near = difflib.get_close_matches(name, [n for n in found if n.endswith(".gguf")], n=3, cutoff=0.0)
-            hint = f"The nearest names there: {', '.join(near)}." if near else "It has no GGUF files at the top."
-            raise SourceNotFound(f"{ref.title} is not there: the repository has no file {name}.", hint=hint)
-    return [found[name] for name in names]
-
-
-def _shards(name: str) -> list[str]:
-    """All the parts of a model of which this file is one; just the name for a model in one file."""
-    match = _SHARD.fullmatch(name)
-    if not match or not 0 < int(match[3]) <= _MAX_NEEDED_FILES:
-        return [name]
-    return [f"{match[1]}-{part:05d}-of-{match[3]}{match[4]}" for part in range(1, int(match[3]) + 1)]
-
-
-def _folder_entries(ref: Ref, found: dict[str, Entry], indexed: set[str] | None) -> list[Entry]:
-    """The files of a folder of safetensors. indexed are the weights that its index names, None without an index."""
-    weights = {name for name in found if name.endswith(".safetensors")}
-    side = {name for name in found if _SIDE_FILES.fullmatch(name)}
-    if indexed is not None and not indexed & weights:
-        indexed = None  # the index of the model before it was quantized, left in the repository by the converter
-    elif indexed is not None:
-        if missing := sorted(indexed - weights):
-            raise SourceNotFound(f"{ref.title} is not complete on the hub: it lacks {missing[0]}.")
-        side.add(_INDEX)
-        weights = indexed
-    if len(weights) > 1:  # the same weights again, in one file, for another program
-        weights = {name for name in weights if not name.startswith("consolidated")} or weights
-    for name in sorted(weights):
-        if missing := [part for part in _shards(name) if part not in found]:
-            raise SourceNotFound(f"{ref.title} is not complete on the hub: it lacks {missing[0]}.")
-    return [found[name] for name in weights | side]
 
 
 # Files and locks -----------------------------------------------------------------------------------
@@ -681,7 +317,7 @@ class _Fetch:
     mark is given up; after a kill the size is the truth, because the kernel lived on.
     """
 
-    def __init__(self, job: _Job, plan: Plan, entry: Entry, hub: _Hub, options: Options) -> None:
+    def __init__(self, job: _Job, plan: Plan, entry: Entry, hub: Hub, options: Options) -> None:
         self._job, self._plan, self._entry, self._hub, self._options = job, plan, entry, hub, options
         self._final = job.staged / entry.name
         self._part = job.staged.parent / "parts" / (entry.name + ".part")
@@ -738,8 +374,8 @@ class _Fetch:
                         self._write(out, block)
                         patience.progressed()
                 if self._at < self._entry.size_bytes:
-                    raise _Transient("The hub's answer ended too early.")
-            except _Transient as error:
+                    raise Transient("The hub's answer ended too early.")
+            except Transient as error:
                 patience.again(error)
 
     def _accept(self, out: Any, response: Any) -> None:
@@ -901,7 +537,7 @@ def _save_journal(job: _Job, state: str) -> None:
 def _load_plan(table: dict[str, Any], ref: Ref, folder: Path) -> Plan | None:
     """The plan in a journal, checked like the hub's own answer; None where it has none yet."""
     try:
-        entries = _checked(ref, (Entry(**entry) for entry in table["entries"]))
+        entries = checked(ref, (Entry(**entry) for entry in table["entries"]))
     except (KeyError, TypeError, TurntableError):
         return None
     return Plan(ref, str(table.get("commit", "")), folder, entries) if entries else None
@@ -975,12 +611,13 @@ class Downloads:
         self,
         library: Library,
         endpoint: str = "",
-        token: Callable[[], str | None] = get_token,
+        token: Callable[[], str | None] = stored_token,
         options: Options | None = None,
         on_change: Callable[[JobView], None] | None = None,
     ) -> None:
         self._library, self._options = library, options or Options()
-        self._hub = _Hub(endpoint, token, self._options.timeout_s)
+        self._token = token
+        self._hub = Hub(endpoint, token, self._options.timeout_s)
         self._on_change = on_change
         self._home = library.models_dir / PARTIAL
         self._jobs: dict[str, _Job] = {}
@@ -1000,6 +637,33 @@ class Downloads:
         patience = _Patience(threading.Event(), self._options, lambda sentence: None)
         return self._small_json(plan, next(entry for entry in plan.entries if entry.name == name), patience)
 
+    def look(self, repo: str, revision: str = "") -> Look:
+        """What a repository holds: its branches, and the weights of one of them, the main one where none is named.
+
+        Raises a DownloadError or ModelFilesUnsafe.
+        """
+        ref = Ref(repo, revision or "main")
+        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
+        found = entries_of(ref, patience.call(lambda: self._hub.info(ref)))
+        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith((".gguf", ".safetensors"))}
+        return Look(weights, () if revision else tuple(self._hub.branches(ref)))
+
+    def read_head(self, plan: Plan, name: str, limit_bytes: int) -> bytes:
+        """The first bytes of a file of the plan: its header, without the weights. Nothing vouches for their hash."""
+        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
+
+        def fetch() -> bytes:
+            raw = bytearray()
+            with self._hub.stream(plan, name, 0) as response:
+                for block in response.iter_raw():
+                    raw += block
+                    if len(raw) >= limit_bytes:
+                        break
+            return bytes(raw[:limit_bytes])
+
+        found: bytes = patience.call(fetch)
+        return found
+
     def start(self, ref: Ref) -> JobView:
         """Begin or go on; the same ref is the same job. Errors come in the view, when they are known."""
         with self._turn:
@@ -1011,6 +675,11 @@ class Downloads:
                 return job.view()
             self._spawn(job, before.thread if before else None)
             return job.view()
+
+    def is_writing(self, folder: Path) -> bool:
+        """Does a job under way put its files there?"""
+        with self._turn:
+            return any(job.target == folder and job.state in RUNNING for job in self._jobs.values())
 
     def resume(self, job_id: str) -> JobView:
         """Go on with a job that is paused or failed."""
@@ -1064,13 +733,16 @@ class Downloads:
 
     def save_token(self, token: str) -> None:
         """Check a token with the hub and keep it where the hub library keeps it. Raises AccessDenied."""
-        try:
-            huggingface_hub.login(token=token, skip_if_logged_in=False)
-        except (HfHubHTTPError, ValueError):
-            hint = "Make a new one with the right to read on the hub's page, under Settings, Access Tokens."
-            raise AccessDenied("The hub does not accept this token.", hint=hint) from None
-        except (_TransportError, OfflineModeIsEnabled):
-            raise SourceUnreachable("The hub cannot be reached, so the token could not be checked.") from None
+        self._hub.login(token)
+
+    def forget_token(self) -> None:
+        """Delete the kept token."""
+        self._hub.logout()
+
+    @property
+    def has_token(self) -> bool:
+        """Is a token kept? It is never shown."""
+        return bool(self._token())
 
     # Threads --------------------------------------------------------------------------------
 
@@ -1219,17 +891,17 @@ class Downloads:
         info = patience.call(lambda: self._hub.info(ref))
         if not _COMMIT.fullmatch(str(info.sha or "")):
             raise SourceUnreachable(f"The hub names no commit for {ref.title}.")
-        found = _entries(ref, info)
+        found = entries_of(ref, info)
         folder = self._library.folder(ref.variant())
         if ref.file:
-            return Plan(ref, info.sha, folder, _checked(ref, _gguf_entries(ref, found)))
+            return Plan(ref, info.sha, folder, checked(ref, gguf_entries(ref, found)))
         self._refuse_empty(ref, found)
         indexed = None
-        if _INDEX in found:
-            (entry,) = _checked(ref, [found[_INDEX]])
+        if INDEX in found:
+            (entry,) = checked(ref, [found[INDEX]])
             table = self._small_json(Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
             indexed = {str(name) for name in table.values()} if isinstance(table, dict) else set()
-        return Plan(ref, info.sha, folder, _checked(ref, _folder_entries(ref, found, indexed)))
+        return Plan(ref, info.sha, folder, checked(ref, folder_entries(ref, found, indexed)))
 
     def _refuse_empty(self, ref: Ref, found: dict[str, Entry]) -> None:
         """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
@@ -1251,7 +923,7 @@ class Downloads:
                     if len(raw) > entry.size_bytes:
                         break
             if len(raw) < entry.size_bytes:
-                raise _Transient("The hub's answer ended too early.")
+                raise Transient("The hub's answer ended too early.")
             return raw
 
         if entry.size_bytes > _MAX_JSON_BYTES:
@@ -1288,17 +960,12 @@ class Downloads:
         elif _is(placed, entry, job.stop):
             if not job.ref.file:
                 _link(placed, staged)
-        elif (cached := self._cached(plan, entry)) is not None and _is(cached, entry, job.stop):
-            _link(cached.resolve(), staged)
+        elif (own := self._hub.cached(plan, entry, self._options.cache_dir)) is not None and _is(own, entry, job.stop):
+            _link(own.resolve(), staged)
         else:
             return False
         job.arrived(entry.name, entry.size_bytes)
         return True
-
-    def _cached(self, plan: Plan, entry: Entry) -> Path | None:
-        cache = self._options.cache_dir or constants.HF_HUB_CACHE
-        found = try_to_load_from_cache(plan.ref.repo, entry.name, cache_dir=cache, revision=plan.commit)
-        return Path(found) if isinstance(found, str) else None
 
     def _fetch_all(self, job: _Job, plan: Plan, missing: Sequence[Entry]) -> None:
         """Several files at once, the largest first, until all are there or one fails."""
@@ -1506,8 +1173,3 @@ def _time(left_s: float) -> str:
     minutes, seconds = divmod(int(left_s), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def _shown(value: Any) -> str:
-    """A foreign name in a message: short, and on one line."""
-    return json.dumps(value)[:80]

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import InstallFailed
+from modules.hardware import Hardware
 from modules.process import EngineKind
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +115,7 @@ class Environment:
     size_bytes: int = 0
     tested: str = ""
     problem: str = ""
+    bus_speeds: dict[str, float] = field(default_factory=dict)  # card's uuid -> bytes per second, by the self-test
 
     @property
     def usable(self) -> bool:
@@ -133,59 +135,34 @@ Report = Callable[[Step], None]
 Cards = Callable[[], tuple[int, list[CardFound]]]
 
 
-def cards_by_nvml() -> tuple[int, list[CardFound]]:
-    """The driver's major version and the cards; raises InstallFailed with one line where there is no driver."""
-    import pynvml
+def cards_of(hardware: Hardware) -> Cards:
+    """A look at the driver and the cards that waits for no driver that hangs."""
 
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        raise InstallFailed(
-            f"No NVIDIA driver answers ({error}).", hint="Install the NVIDIA driver; llama.cpp needs none."
-        ) from None
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        text = driver.decode() if isinstance(driver, bytes) else str(driver)
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            name = pynvml.nvmlDeviceGetName(handle)
-            capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(CardFound(name.decode() if isinstance(name, bytes) else str(name), tuple(capability)))
-        return int(text.split(".")[0]), found
-    except (pynvml.NVMLError, ValueError) as error:
-        raise InstallFailed(f"The NVIDIA driver does not answer properly: {error}.") from None
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
+    def look() -> tuple[int, list[CardFound]]:
+        machine = hardware.snapshot()
+        if machine.driver.state != "ok":
+            hint = "`python app.py doctor` says what to do; llama.cpp needs no driver."
+            raise InstallFailed(machine.driver.words, hint=hint)
+        cards = [CardFound(card.name, card.capability) for card in machine.working_cards if card.capability]
+        return machine.driver.major or 0, cards
+
+    return look
 
 
-def card_bytes() -> int:
-    """Memory of all NVIDIA cards less 1 GiB each, for the loader's budget; 0 where no driver answers."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return sum(max(0, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) - (1 << 30)) for handle in handles)
-    except pynvml.NVMLError:
-        return 0
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
+def no_cards() -> tuple[int, list[CardFound]]:
+    """For those who only look at what is installed."""
+    raise InstallFailed("Nobody looked for cards.", hint="This is a bug of ours.")
 
 
 class Environments:
     """All engines' environments of one checkout. Thread-safe; two programs at once take turns by a lock file."""
 
     def __init__(
-        self, home: Path = ROOT, *, cards: Cards = cards_by_nvml, variables: Mapping[str, str] | None = None,
+        self, home: Path = ROOT, *, cards: Cards = no_cards, variables: Mapping[str, str] | None = None,
         limit_s: float = 0.0, toolkits: Sequence[Path] = TOOLKITS,
     ) -> None:  # fmt: skip
-        """limit_s 0 is the engine's own time limit; toolkits are where nvcc is looked for besides the PATH."""
+        """cards is how the driver is asked; limit_s 0 is the engine's own time limit; toolkits are where nvcc is
+        looked for besides the PATH."""
         self._home, self._root, self._cards = home, home / ".engines", cards
         self._variables = os.environ if variables is None else variables
         self._limit_s, self._usual = limit_s, toolkits
@@ -221,7 +198,7 @@ class Environments:
         state = {None: "untested", 0: "ready", 3: "untested"}.get(tested.get("code"), "failed")
         return Environment(
             name, state, folder, python, stamp.get("versions", {}), self._size(folder) if sized else 0,
-            tested.get("when", ""), tested.get("problem", ""),
+            tested.get("when", ""), tested.get("problem", ""), _speeds(tested.get("bus")),
         )  # fmt: skip
 
     def kind(self, name: str) -> EngineKind:
@@ -305,6 +282,7 @@ class Environments:
         stop = cancelled or threading.Event()
         runner = _Runner(log, stop, time.monotonic() + TEST_LIMIT_S, self._variables)
         failed: list[str] = []
+        speeds: dict[str, float] = {}
 
         def take(line: str) -> None:
             try:
@@ -312,6 +290,7 @@ class Environments:
                 tried, ok, detail = str(check["check"]), bool(check["ok"]), str(check["detail"])
             except (ValueError, TypeError, KeyError):
                 return  # not a line of the report
+            speeds.update(_speeds(check.get("bytes_per_s")))
             report(Step("trying it", 0.98, f"{'ok' if ok else 'NOT OK'}: {tried}: {detail}"))
             if not ok:
                 failed.append(f"{tried}: {detail}")
@@ -328,7 +307,8 @@ class Environments:
             problem = _last_line(log) or f"exit code {code}"
         with log.open("a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in runner.lines)
-        tested = {"code": code or int(bool(problem)), "when": time.strftime("%Y-%m-%d %H:%M"), "problem": problem}
+        when = time.strftime("%Y-%m-%d %H:%M")
+        tested = {"code": code or int(bool(problem)), "when": when, "problem": problem, "bus": speeds}
         _write(environment.folder / STAMP, {**self._stamp(environment.folder), "tested": tested})
         return self.get(name, sized=True)
 
@@ -644,6 +624,13 @@ def _end(child: subprocess.Popen[str]) -> None:
         child.stdin.close()
 
 
+def _speeds(said: Any) -> dict[str, float]:
+    """Speeds by card, of what a stamp or a self-test says; empty where it is no such table."""
+    if not isinstance(said, dict):
+        return {}
+    return {str(card): float(speed) for card, speed in said.items() if isinstance(speed, int | float) and speed > 0}
+
+
 def _versions(python: Path, name: str) -> dict[str, str]:
     program = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
     done = subprocess.run([str(python), "-c", program, name, "torch"], capture_output=True, text=True, check=False)
@@ -843,10 +830,14 @@ class EngineJobs:
             error = f"{type(failure).__name__}: {failure}"
         if self._given_up and action == "install":
             self.environments.give_up(name, "The installation was cancelled.")
+        try:
+            self._on_done(self.environments.get(name))  # before it is called done: who sees that may use the engine
+        except Exception as failure:
+            log.exception("taking note of %s failed", name)
+            error = error or f"{type(failure).__name__}: {failure}"
         with self._lock:
             assert self._job is not None
             self._job = replace(self._job, running=False, error=error, hint=hint)
-        self._on_done(self.environments.get(name))
         self._on_change()
 
     def _work(self, name: str, action: str) -> None:

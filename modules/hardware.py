@@ -138,8 +138,9 @@ class Card:
     def without_values(self, state: str, words: str) -> Card:
         """What is still known of a card that says nothing any more."""
         return Card(
-            self.index, self.name, self.uuid, state, words, total_bytes=self.total_bytes, capability=self.capability
-        )
+            self.index, self.name, self.uuid, state, words, total_bytes=self.total_bytes, capability=self.capability,
+            power_limit_w=self.power_limit_w,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -577,6 +578,11 @@ class Hardware:
         self._watchers, self._closed = 0, False
         self._sampler: threading.Thread | None = None
         self._wake = threading.Event()
+
+    @property
+    def models_dir(self) -> Path:
+        """The folder whose disk is reported."""
+        return self._models_dir
 
     # Reading ---------------------------------------------------------------------------
 

@@ -75,6 +75,22 @@ class GGUFHeader:
     values: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
 
+def largest_weights(folder: Path) -> Path | None:
+    """The largest file of weights below a folder, for measuring the disk; None where there is none."""
+    best, most = None, 0
+    for place, _, names in os.walk(folder):  # errors are skipped, as of a folder that is being deleted
+        for name in names:
+            if name.endswith((".gguf", ".safetensors")):
+                path = Path(place, name)
+                try:
+                    size = path.stat().st_size
+                except OSError:
+                    continue
+                if size > most:
+                    best, most = path, size
+    return best
+
+
 class Library:
     """The models of one folder, and the small bundled ones."""
 

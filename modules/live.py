@@ -13,8 +13,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -30,6 +30,7 @@ from modules.messages import Delta, Failed, Finished, Loading, Prefill, Queued
 
 PAGE_MESSAGES = 24
 TICK_S = 0.05  # at most 20 frames a second for one answer
+MOST_ASKED = 4  # questions of one page that wait for their answer; the hub is asked for some
 MOST_WAITING = 64  # frames kept for a slow page before it is given the whole state instead
 SLOW_S = 60.0
 log = logging.getLogger("turntable.live")
@@ -147,13 +148,25 @@ class Panel(Protocol):
         """A button was pressed; raises TurntableError."""
 
 
+@runtime_checkable
+class WatchedPanel(Panel, Protocol):
+    """A panel that works only while it is on a screen."""
+
+    def shown(self, pages: int) -> None:
+        """How many pages show it now. Must not wait."""
+
+
+Answerer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # blocks; raises TurntableError, or ValueError for nonsense
+
+
 class _Page:
     """One browser tab."""
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         self.shows: dict[str, str | None] = {}  # preset -> conversation
-        self.panels: set[str] = set()  # those that it has opened
+        self.panels: set[str] = set()  # those that it shows
+        self.asked = 0  # questions under way
         self.outbox: asyncio.Queue[str] = asyncio.Queue(MOST_WAITING)
         self.behind_since_s = 0.0
 
@@ -171,9 +184,12 @@ class Live:
     """The hub. start() is called on the event loop before the first page comes."""
 
     def __init__(
-        self, assistant: Assistant, most_image_bytes: int = 20_000_000, panels: Mapping[str, Panel] | None = None
-    ) -> None:
+        self, assistant: Assistant, most_image_bytes: int = 20_000_000, panels: Mapping[str, Panel] | None = None,
+        answerers: Mapping[str, Answerer] | None = None,
+    ) -> None:  # fmt: skip
+        """panels are drawn for every page alike; answerers answer one page's question, such as what a model takes."""
         self._assistant, self._most_image_bytes, self._panels = assistant, most_image_bytes, panels or {}
+        self._answerers = answerers or {}
         self._panels_changed: set[str] = set()
         self._pages: set[_Page] = set()
         self._answers: dict[str, _Answer] = {}
@@ -337,6 +353,8 @@ class Live:
             pass
         finally:
             self._pages.discard(page)
+            for name in page.panels:
+                self._tell_shown(name)
             writer.cancel()
 
     async def _write(self, page: _Page) -> None:
@@ -363,18 +381,21 @@ class Live:
             action = {
                 "open": self._do_open, "send": self._do_send, "stop": self._do_stop,
                 "delete": self._do_delete, "earlier": self._do_earlier, "panel": self._do_panel,
-                "act": self._do_act,
+                "act": self._do_act, "ask": self._do_ask,
             }.get(str(where.get("do")))  # fmt: skip
             if action is None:
                 raise InvalidRequest(f"The page sent an unknown command {where.get('do')!r}.")
             await action(page, where)
         except TurntableError as error:
-            page.push(
-                json.dumps({"t": "error", "preset": where.get("preset"), "ref": where.get("ref"), **error.to_wire()})
-            )
+            self._refuse(page, where, error)
         except (ValueError, TypeError, KeyError) as error:
             log.debug("a page sent nonsense: %s", error)
-            page.push(json.dumps({"t": "error", **InvalidRequest("The page sent a broken command.").to_wire()}))
+            self._refuse(page, where, InvalidRequest("The page sent a broken command."))
+
+    @staticmethod
+    def _refuse(page: _Page, said: Mapping[str, Any], error: TurntableError) -> None:
+        frame = {"t": "error", "preset": said.get("preset"), "ref": said.get("ref"), **error.to_wire()}
+        page.push(json.dumps(frame))
 
     async def _do_open(self, page: _Page, said: dict[str, Any]) -> None:
         await self._open(page, str(said["preset"]), said.get("chat") or None)
@@ -434,14 +455,45 @@ class Live:
         page.push(json.dumps({**frame, "earlier": len(found) > PAGE_MESSAGES}))
 
     async def _do_panel(self, page: _Page, said: dict[str, Any]) -> None:
+        """The page shows a panel, or with "off" does not show it any more."""
         name = str(said["name"])
-        page.panels.add(name)
-        if name in self._panels:
+        if name not in self._panels:
+            return
+        (page.panels.discard if said.get("off") else page.panels.add)(name)
+        self._tell_shown(name)
+        if name in page.panels:
             page.push(await self._panel_frame(name))
+
+    def _tell_shown(self, name: str) -> None:
+        panel = self._panels[name]
+        if isinstance(panel, WatchedPanel):
+            panel.shown(sum(name in page.panels for page in self._pages))
 
     async def _do_act(self, page: _Page, said: dict[str, Any]) -> None:
         panel = self._panels[str(said["panel"])]
         await run_in_threadpool(panel.act, str(said["name"]), str(said["action"]))
+
+    async def _do_ask(self, page: _Page, said: dict[str, Any]) -> None:
+        """Answered beside the page's other commands: the hub may take its time, and Stop must not wait for it."""
+        answerer = self._answerers[str(said["to"])]
+        if page.asked >= MOST_ASKED:
+            raise InvalidRequest("This page has asked too much at once.", hint="Wait for the answers.")
+        page.asked += 1
+        assert self._loop is not None
+        self._tasks.add(task := self._loop.create_task(self._answer(page, said, answerer)))
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, page: _Page, said: dict[str, Any], answerer: Answerer) -> None:
+        try:
+            answer = await run_in_threadpool(answerer, said)
+            page.push(json.dumps({"t": "told", "ref": said.get("ref"), **answer}))
+        except TurntableError as error:
+            self._refuse(page, said, error)
+        except (ValueError, TypeError, KeyError) as error:
+            log.debug("a page asked nonsense: %s", error)
+            self._refuse(page, said, InvalidRequest("The page asked something that cannot be answered."))
+        finally:
+            page.asked -= 1
 
     def _message(self, m: ChatMessage, job: Job | None = None, with_text: bool = True) -> dict[str, Any]:
         """One stored message, rendered."""

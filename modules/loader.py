@@ -123,6 +123,7 @@ class Loader:
         self._swapping: _Ticket | None = None
         self._starting: EngineProcess | None = None
         self._progress: Loading | None = None
+        self._children: list[EngineProcess] = []  # every child that may still hold memory, whatever it does
         self._idle: dict[str, EngineProcess] = {}  # children without a model, of engines that keep their process
         self._crashes: dict[EngineSpec, list[float]] = {}
         self._clock = 0
@@ -143,6 +144,16 @@ class Loader:
                 sum(t is not self._swapping for t in self._queue), used["ram"], self._budgets["ram"], used["vram"],
                 self._budgets["vram"], self._granted,
             )  # fmt: skip
+
+    def set_vram_budget(self, size_bytes: int) -> None:
+        """For cards that answered only after the start. Takes effect with the next model."""
+        with self._see:
+            self._budgets["vram"] = size_bytes
+
+    def pids(self) -> list[int]:
+        """Process ids of the engines' children, to tell our use of a card from others'."""
+        with self._see:
+            return [process.pid for process in self._children if process.alive]
 
     def budget_bytes(self, engine: str) -> int:
         """Memory for the models of an engine, in RAM or on the cards; 0 for an engine that is not there."""
@@ -344,6 +355,7 @@ class Loader:
         if process is None or not process.alive:
             process = EngineProcess(kind, self._limits, self._on_exit)
         with self._see:
+            self._children = [child for child in self._children if child.alive and child is not process] + [process]
             self._starting = process
         ready = None
         try:

@@ -3,8 +3,8 @@
 From a model's shape, its quantization and how it is to be run, to bytes by part, on
 the card and in the computer's memory; and from those to what a person asks: does it
 fit, which context, which bits per weight and which cache mode fit, how is it split
-over two cards. Reads the headers of files when it is asked to, never weights. Knows
-no card, no process and no preset folder; numbers of the machine are handed in.
+over two cards. Reads the headers of files when it is asked to, never weights. Asks
+no card, no process and no preset folder; what the machine has is handed in.
 
 Exact where the libraries allocate exactly (weights, output head, KV cache, scratch).
 Estimates, each marked so at its definition: the driver's context, activations, what
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFilesDamaged
+from .hardware import Machine
 from .presets import CACHE_MODES, Options, Shape, Variant
 
 GB, MIB, GIB = 10**9, 2**20, 2**30
@@ -242,6 +243,18 @@ class Card:
     def free_bytes(self) -> int:
         """What a new model can take after the planned unload."""
         return max(0, min(self.total_bytes, self.total_bytes - self.used_bytes + self.released_bytes))
+
+
+def cards_of(machine: Machine) -> list[Card]:
+    """The cards that answer, as a plan sees them; what our own models hold counts as released.
+
+    Everything that is not free counts as used: other programs' memory, and what the driver keeps for itself.
+    """
+    return [
+        Card(card.total_bytes, max(0, card.total_bytes - card.free_bytes), card.ours_bytes or 0)
+        for card in machine.working_cards
+        if card.total_bytes and card.free_bytes is not None
+    ]
 
 
 @dataclass(frozen=True)
@@ -1009,16 +1022,22 @@ def plan_variant(variant: Variant, gpus: int = 1, *, vision: bool = True, tensor
     setup = replace(setup, vision=setup.vision and vision)
     notes: tuple[str, ...] = ()
     if tensors is None:
-        tensors = weight_bytes(setup)
-        predicted = file_bytes(setup, tensors)
-        if setup.quantization.kind == "gguf" and variant.projector and setup.shape.vision:
-            tower = vision_bytes(setup.shape.vision, scheme_of(variant.projector) or "F16")
-            tensors, predicted = replace(tensors, vision=tower), predicted + tower
-        off = variant.size_bytes - predicted
-        if variant.size_bytes and abs(off) > SIZE_TOLERANCE * variant.size_bytes and tensors.layers + off > 0:
-            tensors = replace(tensors, layers=tensors.layers + off)
-            notes = (f"The size comes from the preset; the arithmetic gives {in_gb(predicted)}.",)
+        tensors, notes = variant_tensors(variant, setup)
     return plan(setup, tensors, notes)
+
+
+def variant_tensors(variant: Variant, setup: Setup) -> tuple[TensorBytes, tuple[str, ...]]:
+    """Bytes of a variant's tensors by the arithmetic, corrected by the size that its preset states; and notes."""
+    tensors = weight_bytes(setup)
+    predicted = file_bytes(setup, tensors)
+    if setup.quantization.kind == "gguf" and variant.projector and setup.shape.vision:
+        tower = vision_bytes(setup.shape.vision, scheme_of(variant.projector) or "F16")
+        tensors, predicted = replace(tensors, vision=tower), predicted + tower
+    off = variant.size_bytes - predicted
+    if variant.size_bytes and abs(off) > SIZE_TOLERANCE * variant.size_bytes and tensors.layers + off > 0:
+        tensors = replace(tensors, layers=tensors.layers + off)
+        return tensors, (f"The size comes from the preset; the arithmetic gives {in_gb(predicted)}.",)
+    return tensors, ()
 
 
 # From files --------------------------------------------------------------------------------------------------------

@@ -165,6 +165,12 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     plan.add_argument("--context", dest="context", type=int, default=0, metavar="N", help="Context size in tokens.")
     plan.add_argument("--cache", dest="cache", default="", choices=("FP16", "Q8", "Q6", "Q4"), help="Cache mode.")
     plan.add_argument("--json", dest="as_json", action="store_true", help="Print one object.")
+    doctor = commands.add_parser(
+        "doctor", help="Compare this machine with what Turntable needs.",
+        description="Look at the cards, the driver, memory, disk and engines, and say in plain words what to do. "
+        "Changes nothing. Exit code 1 where something does not work as it is.",
+    )  # fmt: skip
+    doctor.add_argument("--json", dest="as_json", action="store_true", help="Print one object.")
     engines = commands.add_parser(
         "engines", help="List, install, test or remove the engines for NVIDIA cards.",
         description="List the engines for NVIDIA cards, or install, test or remove one. Ctrl-C cancels an install.",
@@ -173,7 +179,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     engines.add_argument("what", nargs="?", default="", metavar="ENGINE", help="exllamav2 or exllamav3.")
     engines.add_argument("--yes", dest="yes", action="store_true", help="Remove without asking.")
     bench = _add_bench(commands)
-    for command in (download, models, plan, engines, bench):
+    for command in (download, models, plan, doctor, engines, bench):
         _add_settings(command, top_level=False)
 
 

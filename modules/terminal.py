@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from modules import planner
-from modules.downloads import Downloads, Ref, print_models, print_plan, run_download
-from modules.errors import InvalidRequest, ModelNotDownloaded, PresetNotFound
+from modules.downloads import Downloads, print_models, print_plan, run_download
+from modules.errors import ModelNotDownloaded
+from modules.hub import Ref
 from modules.library import Library
-from modules.planner import Card, Plan, Quantization, Setup, TensorBytes
-from modules.presets import Preset, Presets, Variant
+from modules.lookup import Found, Lookup
+from modules.planner import Card, Plan, Setup
+from modules.presets import Presets, Variant
 
 Write = Callable[[str], None]
 SIZES_GB = (8, 12, 16, 24, 32, 48)  # cards that people have, for a machine without one
@@ -42,6 +42,7 @@ class Terminal:
 
     def __init__(self, presets: Presets, library: Library, downloads: Downloads, write: Write) -> None:
         self._presets, self._library, self._downloads, self._write = presets, library, downloads, write
+        self._lookup = Lookup(presets, downloads)
 
     def download(self, asked: Asked, live: bool, card_bytes: int = 0) -> int:
         """Fetch OWNER/NAME@REVISION, or the best variant of a preset that fits this machine."""
@@ -60,8 +61,9 @@ class Terminal:
 
     def plan(self, asked: Asked, cards: list[Card]) -> int:
         """What a model takes and whether it fits, before a byte of it is downloaded."""
-        setup, tensors, title = self._setup(asked)
-        planned = planner.plan(setup, tensors)
+        found = self._find(asked)
+        setup, title = found.setup, found.title
+        planned = planner.plan(setup, found.tensors)
         if asked.as_json:
             self._write(json.dumps(_figures(title, planned, cards), ensure_ascii=False, indent=1) + "\n")
             return 0
@@ -83,59 +85,20 @@ class Terminal:
             return ""
         return f" With a context of {most:,} it would fit."
 
-    def _setup(self, asked: Asked) -> tuple[Setup, TensorBytes | None, str]:
-        path = Path(asked.what).expanduser()
-        if path.exists() and "@" not in asked.what:
-            (setup, tensors), title = _from_files(path), path.name
-        elif "/" in asked.what:
-            setup, tensors, title = self._from_hub(asked)
-        else:
-            variant = self._preset(asked.what).variants[0]
-            setup, tensors, title = planner.setup_of(variant), None, variant.title
+    def _find(self, asked: Asked) -> Found:
+        found = self._lookup.find(asked.what, asked.file, asked.projector)
+        if found.download is not None and not asked.as_json:
+            print_plan(found.download, self._write)
         changes: dict[str, Any] = {}
         if asked.context:
             changes["context"] = asked.context
         if asked.cache:
             changes["cache_mode"] = asked.cache
-        return dataclasses.replace(setup, **changes), tensors, title
-
-    def _from_hub(self, asked: Asked) -> tuple[Setup, TensorBytes | None, str]:
-        """From a repository's metadata: its config.json and the sizes of its files."""
-        ref = Ref.parse(asked.what, asked.file, asked.projector)
-        fetched = self._downloads.plan(ref)
-        if not asked.as_json:
-            print_plan(fetched, self._write)
-        if ref.file:
-            raise InvalidRequest(
-                "A GGUF file says what it is only in its own header.", hint="Download it, and plan it by its path."
-            )
-        config = self._downloads.read_json(fetched, "config.json")
-        shape = planner.shape_of_config(config)
-        said = config.get("quantization_config") or {}
-        kind = str(said.get("quant_method") or "full").lower()
-        bits = _bits(said, ref.revision, ref.repo) if kind != "full" else 16.0
-        quantization = Quantization(kind, bits, float(said.get("head_bits") or 6))
-        engine = "exllamav3" if kind == "exl3" else "exllamav2"
-        setup = Setup(shape, quantization, engine, context=min(shape.max_positions or 16384, 16384))
-        tensors = planner.weight_bytes(setup)
-        # The files' size is a fact, the bits are a name: what the arithmetic misses is in the layers.
-        weights = sum(e.size_bytes for e in fetched.entries if e.name.endswith(".safetensors"))
-        off = weights - planner.file_bytes(setup, tensors)
-        if weights and tensors.layers + off > 0:
-            tensors = dataclasses.replace(tensors, layers=tensors.layers + off)
-        return setup, tensors, ref.title
-
-    def _preset(self, name: str) -> Preset:
-        try:
-            return self._presets.get(name)
-        except PresetNotFound as error:
-            raise PresetNotFound(
-                str(error), hint="Name a preset, a folder or file, or OWNER/NAME@REVISION of a repository."
-            ) from None
+        return dataclasses.replace(found, setup=dataclasses.replace(found.setup, **changes))
 
     def _variant(self, name: str, card_bytes: int) -> Variant:
         """The best variant of a preset for this machine: on the card where it fits, else one for the processor."""
-        preset = self._preset(name)
+        preset = self._presets.get(name)
         for variant in preset.variants:
             if not variant.repo:
                 continue
@@ -145,29 +108,6 @@ class Terminal:
             if not on_card or planner.plan_variant(variant).needs_bytes <= card_bytes:
                 return variant
         raise ModelNotDownloaded(f"No variant of the preset {name} can be downloaded for this machine.")
-
-
-def _bits(said: dict[str, Any], revision: str, repo: str) -> float:
-    """Bits per weight as the configuration says, or the branch's or repository's name ("4_25", "6.5bpw")."""
-    if isinstance(said.get("bits"), int | float):
-        return float(said["bits"])
-    for text in (revision, repo):
-        if found := re.search(r"(\d+)[._](\d+)", text):
-            return float(f"{found[1]}.{found[2]}")
-    return 4.0
-
-
-def _from_files(path: Path) -> tuple[Setup, TensorBytes | None]:
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelNotDownloaded(f"The folder {path} holds no model: it has no config.json.")
-    model = planner.read_folder(path) if path.is_dir() else planner.read_gguf(path)
-    engines = {"exl3": "exllamav3", "gguf": "llamacpp"}
-    engine = engines.get(model.quantization.kind, "exllamav2")
-    setup = Setup(
-        model.shape, model.quantization, engine, context=min(model.shape.max_positions or 16384, 16384),
-        gpus=0 if engine == "llamacpp" else 1,
-    )  # fmt: skip
-    return setup, model.tensors
 
 
 def _words(setup: Setup) -> str:

@@ -144,9 +144,14 @@ class Contract:
                 at.append(time.monotonic())
                 process.cancel("r")
 
-        heard = ask(process, subject.asks, sampling=Sampling(temperature=1.5, max_tokens=400), on_event=cancel)
-        assert heard.end.reason in ("stopped", "stop")  # a short answer may have been complete
-        assert time.monotonic() - at[0] < 5
+        for seed in range(30):  # a drawn answer may be empty, and a short one complete before it is cancelled
+            warm = Sampling(temperature=1.5, seed=seed, max_tokens=400)
+            at.clear()
+            heard = ask(process, subject.asks, sampling=warm, on_event=cancel)
+            assert not at or time.monotonic() - at[0] < 5
+            if heard.end.reason == "stopped":
+                break
+        assert heard.end.reason == "stopped"
         assert ask(process, subject.asks).text == ask(process, subject.asks).text
 
     def test_a_cancel_in_the_prompt_works_and_unknown_ids_are_ignored(

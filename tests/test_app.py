@@ -184,6 +184,33 @@ def test_nonsense_on_the_socket_is_answered_and_survived(server):
             assert frame["message"] and frame["code"]
 
 
+def test_a_question_is_answered_to_the_page_that_asked_and_by_its_name(server):
+    with connect(f"ws://127.0.0.1:{server.port}/live") as one, connect(f"ws://127.0.0.1:{server.port}/live") as other:
+
+        def ask(ref, **said):
+            one.send(json.dumps({"do": "ask", "ref": ref, **said}))
+
+        frames = {}
+
+        def heard(ref):  # answers may overtake each other
+            while ref not in frames:
+                frame = json.loads(one.recv(timeout=10))
+                frames[frame.get("ref")] = frame
+            return frames[ref]
+
+        ask("a", to="models", place="RTX 4090, 24 GB")
+        assert "recommended" in heard("a")["html"]
+        ask("b", to="models", place="a toaster")
+        ask("c", to="plan")
+        ask("d", to="nobody")
+        assert (refused := heard("b"))["t"] == "error" and "toaster" in refused["message"]
+        assert heard("c")["code"] == heard("d")["code"] == "invalid_request"
+        other.send(json.dumps({"do": "ask", "ref": "e", "to": "models"}))
+        while (frame := json.loads(other.recv(timeout=10)))["t"] != "told":
+            assert frame.get("ref") is None
+        assert frame["ref"] == "e" and "no NVIDIA card" in frame["html"]
+
+
 def test_sigterm_in_the_middle_of_answers_keeps_their_parts(tmp_path):
     presets = tmp_path / "data" / "presets"
     presets.mkdir(parents=True)

@@ -25,7 +25,8 @@ MAX_FUNCTION_LINES, MAX_ARGUMENTS = 70, 7
 
 # A file imports only what stands before it. ui is a folder, whose files may import each other.
 ORDER = (
-    "messages", "errors", "settings", "presets", "library", "downloads", "hardware", "planner", "doctor", "terminal",
+    "messages", "errors", "settings", "presets", "library", "hub", "downloads", "hardware", "planner", "lookup",
+    "advice", "shelf", "doctor", "terminal",
     "images", "process", "environments", "loader", "chats", "prompt", "render", "assets", "assistant", "measured",
     "bench", "gate", "live", "ui", "app",
 )  # fmt: skip

@@ -220,6 +220,19 @@ def test_the_preset_last_used_stays_with_the_conversation(chats: Chats) -> None:
     assert [chats.get(chat).preset, chats.messages(chat)[0].preset] == ["c", "b"]
 
 
+def test_when_each_model_last_answered(path: Path) -> None:
+    with closing(Chats(path)) as chats:
+        assert chats.last_used() == {}
+        chat, other = chats.create("a").id, chats.create("b").id
+        chats.add_user(chat, "a question names no model", (), "a")
+        asked = ((chat, "Big"), (chat, "Small"), (other, "Big"))
+        answers = [chats.begin_answer(each, "a", variant).id for each, variant in asked]
+    with raw(path) as db:
+        db.executemany("UPDATE messages SET created_s = ? WHERE id = ?", zip((30.5, 20.0, 10.0), answers, strict=True))
+    with closing(Chats(path)) as chats:
+        assert chats.last_used() == {"Big": 30.5, "Small": 20.0}
+
+
 # Titles and texts -----------------------------------------------------------------
 
 

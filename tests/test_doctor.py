@@ -32,6 +32,7 @@ from modules.hardware import (
 
 from . import nvml
 from .conftest import ROOT
+from .nvml import RTX_3060, RTX_4090
 
 LINK = Pcie(1, 16, 4, 16, 4)
 CARD = Card(
@@ -540,3 +541,56 @@ for _ in range(2):
     assert "`sudo nvidia-smi -i 0 -pl 360`" in first and "Other programs hold 9 GB of Card 1 (RTX 3060)" in first
     assert "blender (8.8 GB)" in first and "--background" not in first
     assert "✗ Card 0 (RTX 4090) has disappeared" in second and "168 W of 170 W" in second
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+def run_doctor(tmp_path: Path, plan: nvml.Plan | None, *arguments: str, **variables: str):
+    """`python app.py doctor` as a person starts it, with the stand-in's cards or with no driver at all."""
+    library = nvml.build(tmp_path / "lib") if plan else tmp_path / "none"
+    if plan is None:
+        library.mkdir()
+        (library / "libnvidia-ml.so.1").write_text("no library")  # as good as none, also where there is a real one
+    known = {**nvml.environment(library, plan.file if plan else tmp_path), "PYTHONIOENCODING": "utf-8", **variables}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "app.py"), "--data-dir", str(tmp_path / "data"), "doctor", *arguments],
+        capture_output=True, text=True, encoding="utf-8", cwd=tmp_path, env={**os.environ, **known}, timeout=100,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_command_tells_cards_findings_and_the_disks_speed(tmp_path: Path) -> None:
+    models = tmp_path / "data" / "models" / "maker" / "model"
+    models.mkdir(parents=True)
+    (models / "model.safetensors").write_bytes(os.urandom(1 << 20) * 8)
+    done = run_doctor(tmp_path, nvml.two_cards(tmp_path / "plan"))
+    assert done.stderr == "" and "\x1b" not in done.stdout
+    assert "22 W of 450 W, 41 °C, 210 MHz, PCIe 4 x16" in done.stdout
+    assert "`sudo nvidia-smi -i 0 -pl 360`" in done.stdout and "blender (8.8 GB)" in done.stdout
+    assert re.search(r"Disk of the models .*, [\d.]+ GB/s", done.stdout)
+    assert "llama.cpp" in done.stdout and "ExLlamaV2" in done.stdout
+
+
+def test_the_command_as_data(tmp_path: Path) -> None:
+    done = run_doctor(tmp_path, nvml.two_cards(tmp_path / "plan"), "--json")
+    said = json.loads(done.stdout)
+    assert done.returncode == (said["level"] == "problem")
+    assert [card["name"] for card in said["machine"]["cards"]] == [card["name"] for card in (RTX_4090, RTX_3060)]
+    assert said["machine"]["cards"][1]["others_bytes"] == 9216 << 20
+    assert 0 <= said["machine"]["cpu"]["load"] <= 1  # two looks lie behind it
+    assert said["machine"]["disk"]["speed"] is None  # there is no model to read
+
+
+def test_the_command_ends_though_the_driver_hangs(tmp_path: Path) -> None:
+    plan = nvml.two_cards(tmp_path / "plan")
+    plan.faults = [("*", "*", "hang")]
+    plan.write()
+    done = run_doctor(tmp_path, plan)
+    assert done.returncode == 1 and "✗ The NVIDIA driver does not answer" in done.stdout
+    assert "sudo dmesg" in done.stdout and "RAM" in done.stdout
+
+
+def test_the_command_without_a_driver_in_ascii(tmp_path: Path) -> None:
+    done = run_doctor(tmp_path, None, PYTHONIOENCODING="ascii")
+    assert done.stdout.isascii() and "-- No NVIDIA card" in done.stdout and done.stderr == ""

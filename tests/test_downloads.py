@@ -19,7 +19,8 @@ import pytest
 
 from benchmarks.downloads import Killer, judge, model, safetensors
 from modules import downloads as module
-from modules.downloads import MANIFEST, PARTIAL, RUNNING, Downloads, Options, Plan, Ref
+from modules import hub as hub_module
+from modules.downloads import MANIFEST, PARTIAL, RUNNING, Downloads, Options
 from modules.errors import (
     AccessDenied,
     DownloadError,
@@ -30,6 +31,7 @@ from modules.errors import (
     SourceNotFound,
     SourceUnreachable,
 )
+from modules.hub import INDEX, Plan, Ref
 from modules.library import Library
 from modules.presets import Variant
 from tests.conftest import eventually
@@ -552,9 +554,9 @@ def test_429_in_the_middle_and_a_pause_meanwhile(hub, make):
 
 
 def test_a_retry_after_that_is_nonsense():
-    assert module._retry_after({"retry-after": "soon"}) is None
-    assert module._retry_after({"retry-after": "99999999"}) == 3600
-    assert module._retry_after({}) is None
+    assert hub_module._retry_after({"retry-after": "soon"}) is None
+    assert hub_module._retry_after({"retry-after": "99999999"}) == 3600
+    assert hub_module._retry_after({}) is None
 
 
 def test_no_network(library):
@@ -600,6 +602,7 @@ def test_offline_mode_of_the_hub_library(hub, tmp_path):
     script = f"""
         from pathlib import Path
         from modules.downloads import *
+        from modules.hub import *
         d = Downloads(Library(Path({str(tmp_path / "m")!r}), Path(".")), {hub.endpoint!r}, lambda: None)
         print(d.wait(d.start(Ref("maker/model-exl2", "4_25")).id).error)
     """
@@ -637,9 +640,9 @@ def test_wrong_bytes_twice_are_an_error_and_never_listed(hub, make, library):
 
 
 def test_a_wrong_index_is_noticed(hub, make):
-    files = {"config.json": b"{}", "model.safetensors": safetensors(9), module._INDEX: index("model.safetensors")}
+    files = {"config.json": b"{}", "model.safetensors": safetensors(9), INDEX: index("model.safetensors")}
     hub.add("maker/i", files, "b")
-    hub.wrong = {module._INDEX: 1}
+    hub.wrong = {INDEX: 1}
     with pytest.raises(HashMismatch):
         make().plan(Ref("maker/i", "b"))
     hub.cut_after = [3]
@@ -707,6 +710,7 @@ def test_a_disk_with_a_limit_for_one_file(hub, tmp_path):
         import resource
         from pathlib import Path
         from modules.downloads import *
+        from modules.hub import *
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         options = Options(reserve_bytes=0, cache_dir="/dev/null")
         d = Downloads(Library(Path({str(tmp_path / "m")!r}), Path(".")), {hub.endpoint!r}, lambda: None, options)
@@ -764,17 +768,25 @@ def test_a_token_is_kept_in_the_file_of_the_hub_library(hub, tmp_path):
     script = f"""
         from pathlib import Path
         from modules.downloads import *
+        from modules.hub import *
         d = Downloads(Library(Path({str(tmp_path / "m")!r}), Path(".")))
         try:
             d.save_token("hf_wrong")
         except AccessDenied as error:
             print(error)
         d.save_token({TOKEN!r})
-        print(get_token() == {TOKEN!r})
+        print(stored_token() == {TOKEN!r}, d.has_token)
+        kept = (Path({str(tmp_path / "hf" / "token")!r})).read_text()
+        d.forget_token()
+        print(kept == {TOKEN!r}, d.has_token, stored_token())
     """
     home = tmp_path / "hf"
     said = python(script, HF_ENDPOINT=hub.endpoint, HF_HOME=str(home), HF_TOKEN="")
-    assert "The hub does not accept this token.\n" in said and "True" in said and TOKEN not in said
+    assert "The hub does not accept this token.\n" in said and TOKEN not in said
+    assert "True True\n" in said and "True False None\n" in said
+    assert not (home / "token").exists()
+    python(f"from modules.downloads import *\nDownloads(Library(Path('m'), Path('.'))).save_token({TOKEN!r})",
+           HF_ENDPOINT=hub.endpoint, HF_HOME=str(home), HF_TOKEN="")  # fmt: skip
     assert (home / "token").read_text() == TOKEN and (home / "token").stat().st_mode & 0o077 == 0
 
 
@@ -953,6 +965,7 @@ def test_a_token_cannot_be_checked_without_a_network(tmp_path):
     script = f"""
         from pathlib import Path
         from modules.downloads import *
+        from modules.hub import *
         d = Downloads(Library(Path({str(tmp_path / "m")!r}), Path(".")))
         try:
             d.save_token("hf_x")

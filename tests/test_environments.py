@@ -35,8 +35,10 @@ from modules.environments import (
     to_dict,
 )
 from modules.errors import InstallFailed
+from modules.hardware import Hardware
 from modules.ui.system import SystemPage
 
+from . import nvml
 from .browser.conftest import free_port
 from .conftest import ROOT, eventually
 
@@ -67,24 +69,12 @@ SELFTEST = """
 import json, os, sys
 code = int(os.environ.get("FAKE_TEST", "0"))
 print(json.dumps({"check": "import", "ok": True, "detail": "fine"}))
+speeds = {"GPU-4090": 24e9, "GPU-odd": "fast"}
+print(json.dumps({"check": "host to card 0", "ok": True, "detail": "24.0 GB/s", "bytes_per_s": speeds}))
+print(json.dumps({"check": "odd", "ok": True, "detail": "", "bytes_per_s": 7}))
 if code:
     print(json.dumps({"check": "numbers", "ok": False, "detail": "wrong"}))
 sys.exit(code)
-"""
-NVML = """
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-static int number(const char *name) { const char *v = getenv(name); return v ? atoi(v) : 0; }
-int nvmlInitWithFlags(unsigned f) { return number("FAKE_INIT"); }
-int nvmlShutdown(void) { return 0; }
-const char *nvmlErrorString(int code) { return "Driver Not Loaded"; }
-int nvmlSystemGetDriverVersion(char *out, unsigned n) { snprintf(out, n, "%s", getenv("FAKE_DRIVER")); return 0; }
-int nvmlDeviceGetCount_v2(unsigned *n) { *n = number("FAKE_CARDS"); return number("FAKE_COUNT_FAILS"); }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **out) { *out = (void *)(size_t)(i + 1); return 0; }
-int nvmlDeviceGetName(void *d, char *out, unsigned n) { snprintf(out, n, "Card %zu", (size_t)d); return 0; }
-int nvmlDeviceGetCudaComputeCapability(void *d, int *a, int *b) { *a = 7 + (int)(size_t)d; *b = 9; return 0; }
-int nvmlDeviceGetMemoryInfo(void *d, unsigned long long *out) { out[0] = 24ULL << 30; out[1] = out[2] = 0; return 0; }
 """
 EXTENSION = """
 #include <Python.h>
@@ -186,6 +176,7 @@ def test_installed_tested_listed_and_removed(home: Path) -> None:
     assert told["CPATH"].endswith("nvidia/cu13/include")
     assert int(told["MAX_JOBS"]) >= 1
     json.dumps(to_dict(found))
+    assert found.bus_speeds == {"GPU-4090": 24e9} == made(home).get("exllamav2").bus_speeds
 
     # Its children find the extension with neither compiler nor toolkit.
     kind = environments.kind("exllamav2")
@@ -240,47 +231,55 @@ def test_a_missing_or_unfit_compiler_is_named(home: Path, tmp_path: Path, monkey
     assert made(home).get("exllamav2").state == "absent"
 
 
-ASK_NVML = """
-import json
-from modules.environments import card_bytes, cards_by_nvml
+ASK_CARDS = """
+import json, sys
+from pathlib import Path
+from modules.environments import Environments, cards_of
 from modules.errors import InstallFailed
+from modules.hardware import Hardware
+look = cards_of(Hardware(Path("/"), limit_s=1.0))
+print(json.dumps(Environments(Path(sys.argv[1]), cards=look, variables={}).has_driver()))
 try:
-    driver, cards = cards_by_nvml()
-    print(json.dumps([driver, [[c.name, *c.capability] for c in cards], card_bytes()]))
+    driver, cards = look()
+    print(json.dumps([driver, [[c.name, *c.capability] for c in cards]]))
 except InstallFailed as error:
-    print(json.dumps([str(error), card_bytes()]))
+    print(json.dumps([str(error), error.hint]))
 """
 
 
 @pytest.mark.parametrize(
-    ("driver", "expected"),
+    ("changes", "faults", "has_driver", "expected"),
     [
-        ({"FAKE_DRIVER": "580.65.06", "FAKE_CARDS": "2"}, [580, [["Card 1", 8, 9], ["Card 2", 9, 9]], 46 << 30]),
-        ({"FAKE_DRIVER": "535.1", "FAKE_CARDS": "0"}, [535, [], 0]),
-        ({"FAKE_INIT": "9"}, ["No NVIDIA driver answers (Driver Not Loaded).", 0]),
-        ({"FAKE_DRIVER": "580", "FAKE_COUNT_FAILS": "999", "FAKE_CARDS": "1"}, ["Unknown Error", 0]),
-        ({"FAKE_DRIVER": "new", "FAKE_CARDS": "0"}, ["does not answer properly", 0]),
-        (None, ["No NVIDIA driver answers", 0]),
+        ({}, [], True, [580, [["NVIDIA GeForce RTX 4090", 8, 9], ["NVIDIA GeForce RTX 3060", 8, 6]]]),
+        ({}, [(0, "*", nvml.GPU_IS_LOST)], True, [580, [["NVIDIA GeForce RTX 3060", 8, 6]]]),
+        ({"driver": "535.1", "cards": []}, [], True, [535, []]),
+        ({"driver": "new", "cards": []}, [], False, [0, []]),
+        ({}, [("*", "nvmlInitWithFlags", 9)], False, "installed, but it is not running"),
+        ({}, [("*", "nvmlInitWithFlags", "hang")], False, "has not answered for 1 s"),
     ],
 )
-def test_the_driver_is_asked_through_its_own_library(tmp_path: Path, driver, expected) -> None:
-    library = tmp_path / "driver" / "libnvidia-ml.so.1"
-    if driver is None:
-        library.parent.mkdir()
-        library.write_text("no library")  # as good as none, also where there is a real one
-    else:
-        compiled(NVML, library)
-    variables = {**os.environ, "LD_LIBRARY_PATH": str(library.parent), **(driver or {})}
+def test_the_driver_is_asked_through_its_own_library(tmp_path: Path, changes, faults, has_driver, expected) -> None:
+    plan = nvml.two_cards(tmp_path / "plan")
+    for key, value in changes.items():
+        setattr(plan, key, value)
+    plan.processes, plan.faults = [], faults
+    plan.write()
+    variables = {**os.environ, **nvml.environment(nvml.build(tmp_path / "driver"), plan.file)}
     done = subprocess.run(
-        [sys.executable, "-c", ASK_NVML], capture_output=True, text=True, cwd=ROOT, env=variables, timeout=30,
-        check=True,
+        [sys.executable, "-c", ASK_CARDS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env=variables,
+        timeout=60, check=True,
     )  # fmt: skip
-    said = json.loads(done.stdout)
-    if isinstance(said[0], str):
-        assert expected[0].rstrip(".").split(" (")[0] in said[0] or "does not answer properly" in said[0]
-        assert "\n" not in said[0] and said[1] == 0
+    found, said = map(json.loads, done.stdout.splitlines())
+    assert found is has_driver
+    if isinstance(expected, str):
+        assert expected in said[0] and "\n" not in said[0] and "doctor" in said[1]
     else:
         assert said == expected
+
+
+def test_who_only_looks_at_engines_asks_no_driver(begun: Path) -> None:
+    environments = Environments(begun, variables={})
+    assert environments.get("exllamav2").state == "broken" and not environments.has_driver()
 
 
 def test_a_build_that_fails_says_why_and_the_next_install_mends_it(begun: Path) -> None:
@@ -518,7 +517,7 @@ def buttons(html: str) -> list[str]:
 
 def test_the_page_shows_states_and_buttons_and_escapes(begun: Path) -> None:
     jobs, _ = running_jobs(begun, FAKE_BUILD_S="60")
-    page = SystemPage(jobs)
+    page = SystemPage(jobs, Hardware(begun))
     (begun / ".engines" / "exllamav2" / "problem.txt").write_text("<script>alert(1)</script>")
     html = page.html()
     assert "&lt;script&gt;" in html and "<script>" not in html
@@ -675,7 +674,7 @@ def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(begun: Path) -> None:
         on_change=lambda: seen.append(jobs.view()),
         on_done=lambda e: done.append(e.state),
     )
-    page = SystemPage(jobs)
+    page = SystemPage(jobs, Hardware(begun))
     assert jobs.view() is None
     assert 'data-action="install"' in page.html()
     assert 'data-action="test"' not in page.html()
@@ -702,7 +701,7 @@ def test_jobs_run_one_at_a_time_and_tell_how_far_they_are(begun: Path) -> None:
 
 def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(begun: Path) -> None:
     jobs = EngineJobs(made(begun, FAKE_BUILD_FAILS="<b>1"))
-    page = SystemPage(jobs)
+    page = SystemPage(jobs, Hardware(begun))
     page.act("exllamav2", "install")
     eventually(lambda: not jobs.view().running, 60)
     assert "cublas_v2.h" in jobs.view().error
@@ -711,7 +710,7 @@ def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(begun: Path)
     jobs = EngineJobs(made(begun, FAKE_BUILD_S="60"))
     jobs.start("exllamav2", "install")
     eventually(lambda: "compiling" in jobs.view().words, 60)
-    SystemPage(jobs).act("", "cancel")
+    SystemPage(jobs, Hardware(begun)).act("", "cancel")
     eventually(lambda: not jobs.view().running, 20)
     assert "cancelled" in jobs.view().error
 
@@ -719,6 +718,6 @@ def test_a_job_that_fails_shows_its_reason_and_a_cancelled_one_ends(begun: Path)
 def test_foreign_text_on_the_page_is_escaped(begun: Path) -> None:
     folder = begun / ".engines" / "exllamav2"
     (folder / "install.log").write_text("<script>alert(1)</script>")
-    text = SystemPage(EngineJobs(made(begun))).html()
+    text = SystemPage(EngineJobs(made(begun)), Hardware(begun)).html()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text

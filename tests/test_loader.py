@@ -228,6 +228,35 @@ def test_a_model_too_large_for_the_card_is_refused_whatever_the_ram(make_loader,
         pass
 
 
+def test_a_card_that_answers_late_counts_from_then_on(make_loader, plan):
+    loader = make_loader()
+    with pytest.raises(DoesNotFit), loader.lease(plan("a", "card"), needs_bytes=100):
+        pass
+    loader.set_vram_budget(120)
+    with loader.lease(plan("a", "card"), needs_bytes=100):
+        assert loader.snapshot().vram_budget_bytes == 120
+
+
+def test_the_process_ids_of_all_children_are_told(make_loader, plan):
+    loader = make_loader(budget=150)
+    assert loader.pids() == []
+    with loader.lease(plan("a", bytes=100), needs_bytes=100) as first:
+        assert loader.pids() == [first.pid]
+    with loader.lease(plan("b", bytes=100), needs_bytes=100) as second:
+        assert loader.pids() == [second.pid] != [first.pid]  # it made room
+    kept = plan("k", "keeps", bytes=10)
+    with loader.lease(kept, needs_bytes=10) as third:
+        assert sorted(loader.pids()) == sorted([second.pid, third.pid]) == sorted(children())
+    os.kill(third.pid, signal.SIGKILL)
+    eventually(lambda: loader.pids() == [second.pid])
+    # While one is still loading, it takes memory already.
+    slow = in_thread(lambda: loader.lease(plan("s", load_s=2, bytes=10), needs_bytes=10).__enter__())
+    eventually(lambda: len(loader.pids()) == 2)
+    slow.join()
+    loader.close()
+    assert loader.pids() == []
+
+
 def test_a_child_that_refused_a_model_takes_the_next_one(make_loader, plan):
     loader = make_loader(vram_budget_bytes=150)
     good = plan("a", "card", bytes=100)

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.errors import ModelFilesDamaged
+from modules.hardware import Card as SeenCard
+from modules.hardware import Cpu, Disk, Driver, Machine, Memory, System
 from modules.planner import (
     BITS,
     CHUNK_TOKENS,
@@ -34,6 +36,7 @@ from modules.planner import (
     cache_scratch_bytes,
     cache_tokens,
     cache_warning,
+    cards_of,
     choose_cache,
     dequantization_bytes,
     exl2_bytes,
@@ -986,3 +989,19 @@ def test_a_damaged_config_file_is_refused(tmp_path: Path) -> None:
         (folder / "config.json").write_text(raw)
         with pytest.raises(ModelFilesDamaged):
             read_folder(folder)
+
+
+def test_the_cards_of_a_machine_as_a_plan_sees_them() -> None:
+    """What is not free is used, by whomever; what is ours comes back; a card that says nothing is left out."""
+    told = SeenCard(
+        0, "RTX 4090", total_bytes=24 * GIB, used_bytes=9 * GIB, free_bytes=14 * GIB, ours_bytes=5 * GIB,
+        others_bytes=4 * GIB,
+    )  # fmt: skip
+    machine = Machine(
+        0.0, Driver("ok"), (told, replace(told, index=1, ours_bytes=None), told.without_values("lost", "Gone."),
+                            SeenCard(3, "RTX 3060")),
+        Cpu("", 1, 1, 1.0), Memory(0, 0), Disk("/"), System("Linux", "", "", (3, 11, 0), 64),
+    )  # fmt: skip
+    cards = cards_of(machine)
+    assert cards == [Card(24 * GIB, 10 * GIB, 5 * GIB), Card(24 * GIB, 10 * GIB, 0)]
+    assert [card.free_bytes for card in cards] == [19 * GIB, 14 * GIB]

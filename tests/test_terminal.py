@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 
 from benchmarks.downloads import model
 from modules.downloads import Downloads, Options
-from modules.errors import InvalidRequest, ModelNotDownloaded, PresetNotFound
+from modules.errors import ModelFilesDamaged, ModelNotDownloaded, PresetNotFound
 from modules.library import Library
 from modules.planner import Card
 from modules.presets import Presets
 from modules.terminal import Asked, Terminal
 
+from . import nvml
 from .conftest import DEMO, ROOT
 from .hub_server import Hub
 
@@ -116,7 +118,7 @@ def test_names_that_mean_nothing_are_errors_that_help(terminal) -> None:
         terminal.plan(Asked("main"), [])
     assert "mine" in str(caught.value)
     assert "OWNER/NAME@REVISION" in caught.value.hint
-    with pytest.raises(InvalidRequest, match="its own header"):
+    with pytest.raises(ModelFilesDamaged, match="does not say in its header"):
         terminal.plan(Asked("maker/gguf", file="x.gguf"), [])
 
 
@@ -136,3 +138,14 @@ def test_as_a_user_types_it(tmp_path: Path, arguments: tuple[str, ...], code: in
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr
+
+
+def test_the_plan_of_a_person_is_for_the_cards_of_the_machine(tmp_path: Path) -> None:
+    """A 4090 that is free, and a 3060 of which another program holds 9 of 12 GB."""
+    stand_in = nvml.environment(nvml.build(tmp_path / "lib"), nvml.two_cards(tmp_path / "plan").file)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "app.py"), "plan", "coding", "--data-dir", str(tmp_path)], capture_output=True,
+        text=True, timeout=60, env={**os.environ, **stand_in}, check=True,
+    )  # fmt: skip
+    first, second = re.findall(r"^Card \d: (.+)$", done.stdout, re.MULTILINE)
+    assert not first.startswith("Does not fit") and second.startswith("Does not fit")

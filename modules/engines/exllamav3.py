@@ -3,6 +3,7 @@
 Knows ExLlamaV3 1.6.5, the successor of ExLlamaV2: paged attention of its own, caches of
 2 to 8 bits, hybrid models with a recurrent state. It reads neither EXL2 nor GPTQ. Its
 loader streams through page-locked buffers by itself, so fastload.py is not used here.
+What of the library this rests on, file by file: docs/exllamav3.md.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import contextlib
 import dataclasses
 import gc
 import importlib.metadata
+import json
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from exllamav3 import (
     Cache,
@@ -32,14 +36,18 @@ from exllamav3 import (
     Tokenizer,
 )
 from exllamav3.architecture.architectures import get_architectures
+from exllamav3.cache import recurrent_util
 from exllamav3.generator.sampler import ComboSampler
+from exllamav3.modules import attn as library_attention
+from exllamav3.modules.attention_fn import triton_paged
+from exllamav3.util.tensor import g_tensor_cache
 from PIL import Image
 
 from modules.engines.base import Progress
-from modules.engines.checkpoint import Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, pages_up
+from modules.engines.checkpoint import Checkpoint, Rules
+from modules.engines.exllama import Answer, ExLlamaEngine, grammar, pages_up
 from modules.engines.selftest import TOKENS, Report, close_enough
-from modules.engines.tiny import write_tiny
+from modules.engines.tiny import VOCAB, write_safetensors, write_tiny
 from modules.errors import InvalidRequest, LoadError
 from modules.messages import Constraint, Loading, Sampling
 
@@ -47,6 +55,9 @@ from modules.messages import Constraint, Loading, Sampling
 CACHE_BITS = {"Q8": (8, 8), "Q6": (8, 4), "Q4": (4, 4)}
 NGRAM_TOKENS = 3  # the shortest repetition from which the n-gram speculation continues
 WARM_UP_TOKENS = 8
+MAX_TOKENIZERS = 4  # that are kept for a swap back; a large vocabulary takes a second
+LEAST_AGREEMENT = 0.5  # of the likeliest tokens with a quantized cache; random weights are the hardest case
+MUL1 = 0x83DCD12D  # marks the codebook that the converter uses
 
 
 def _rules() -> Rules:
@@ -72,6 +83,8 @@ class ExLlamaV3Engine(ExLlamaEngine):
         self._draft_cache: Any = None
         self._generator: Any = None
         self._warmed: set[Any] = set()
+        self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
+        gc.freeze()  # what is imported never becomes garbage, and the collections of each swap would walk through it
 
     def version(self) -> str:
         return importlib.metadata.version("exllamav3")
@@ -82,7 +95,7 @@ class ExLlamaV3Engine(ExLlamaEngine):
         assert self._checkpoint is not None and self._spec is not None
         if not torch.cuda.is_available():
             raise LoadError("No NVIDIA card was found.", hint="`python app.py doctor` says what the driver reports.")
-        options, total = self._options, self._checkpoint.size_bytes
+        options, total, read = self._options, self._checkpoint.size_bytes, self._checkpoint
         if options.loras:
             raise LoadError("LoRA adapters are for ExLlamaV2.", hint="Leave out loras.")
         config = Config.from_directory(str(folder))
@@ -98,9 +111,9 @@ class ExLlamaV3Engine(ExLlamaEngine):
             self._cache = self._make_cache(self._model)
             self._load(self._model)
             if options.draft_model:
-                self._load_draft(Path(options.draft_model))
+                self._load_draft(Path(options.draft_model), config)
         progress(Loading("warming", total, total))
-        self._tokenizer = Tokenizer.from_config(config)
+        self._tokenizer = self._tokenizer_of(read, config)
         self._generator = self._make_generator()
         if self._spec not in self._warmed:
             self._warm_up()
@@ -110,9 +123,9 @@ class ExLlamaV3Engine(ExLlamaEngine):
         """On one card, over the cards that were chosen, or over all of them."""
         assert self._spec is not None
         split = self._options.split_gb()
-        common = {
-            "progressbar": False, "max_chunk_size": self._options.chunk, "max_batch_size": self._spec.parallel,
-        }  # fmt: skip
+        # Loading over several cards tries a chunk in the cache, so it has to fit there.
+        chunk = min(self._options.chunk, self._cache.max_num_tokens)
+        common = {"progressbar": False, "max_chunk_size": chunk, "max_batch_size": self._spec.parallel}
         if self._options.tensor_parallel:
             model.load(tensor_p=True, use_per_device=split, **common)
         elif split or self._options.gpu_split == "auto":
@@ -120,28 +133,39 @@ class ExLlamaV3Engine(ExLlamaEngine):
         else:
             model.load(device="cuda:0", **common)
 
-    def _load_draft(self, folder: Path) -> None:
+    def _load_draft(self, folder: Path, main: Any) -> None:
         config = Config.from_directory(str(folder))
+        if config.vocab_size > main.vocab_size:
+            # Its guesses are looked up in the model's embedding, where there is no check on the card.
+            raise LoadError(
+                f"{folder.name} has a larger vocabulary than the model, so it cannot guess its tokens.",
+                hint="Take a draft model of the same family.",
+            )
         self._draft_model = Model.from_config(config)
         self._draft_cache = self._make_cache(self._draft_model)
         self._load(self._draft_model)
+
+    def _tokenizer_of(self, read: Checkpoint, config: Any) -> Any:
+        """The model's tokenizer, kept as long as its files are the same; llguidance's tables hang on it too."""
+        if id(read) not in self._tokenizers:
+            self._tokenizers[id(read)] = (read, Tokenizer.from_config(config))  # holding `read` keeps the id its own
+        self._tokenizers.move_to_end(id(read))
+        while len(self._tokenizers) > MAX_TOKENIZERS:
+            self._tokenizers.popitem(last=False)
+        return self._tokenizers[id(read)][1]
 
     def _make_cache(self, model: Any) -> Any:
         assert self._spec is not None
         tokens = pages_up(self._options.cache) if self._options.cache else self._context * self._spec.parallel
         # A recurrent state for each answer that can run at once: the library's default of 16 takes gigabytes.
-        common = {
-            "max_num_tokens": max(tokens, self._context), "max_batch_size": self._spec.parallel,
-            "max_history": self._extra_tokens(),
-        }  # fmt: skip
-        if self._spec.cache_mode == "FP16":
-            return Cache(model, layer_type=CacheLayer_fp16, **common)
-        keys, values = CACHE_BITS[self._spec.cache_mode]
-        return Cache(model, layer_type=CacheLayer_quant, k_bits=keys, v_bits=values, **common)
+        return new_cache(
+            model, self._spec.cache_mode, max(tokens, self._context), max_batch_size=self._spec.parallel,
+            max_history=self._draft_tokens(),
+        )  # fmt: skip
 
     def _make_generator(self) -> Any:
         assert self._spec is not None
-        guess = self._options.draft_tokens if self._extra_tokens() else None
+        guess = self._draft_tokens() or None
         return Generator(
             model=self._model, cache=self._cache, tokenizer=self._tokenizer, max_batch_size=self._spec.parallel,
             max_chunk_size=self._options.chunk, draft_model=self._draft_model, draft_cache=self._draft_cache,
@@ -161,8 +185,11 @@ class ExLlamaV3Engine(ExLlamaEngine):
                 if result["stage"] == "error":
                     raise result["error"]
 
-    def _extra_tokens(self) -> int:
+    def _draft_tokens(self) -> int:
         return self._options.draft_tokens if self._options.draft_model or self._options.draft else 0
+
+    def _extra_tokens(self) -> int:
+        return 1 + self._draft_tokens()  # the generator asks for a place behind the last token and the guesses
 
     def _close(self) -> None:
         if self._generator is not None:
@@ -174,7 +201,7 @@ class ExLlamaV3Engine(ExLlamaEngine):
                 with contextlib.suppress(AttributeError, TypeError):  # one whose load failed half way
                     model.unload()
         self._model = self._tower = self._cache = self._tokenizer = self._draft_model = self._draft_cache = None
-        gc.collect()
+        release_leftovers()
 
     # Answers -----------------------------------------------------------------------------
 
@@ -196,8 +223,6 @@ class ExLlamaV3Engine(ExLlamaEngine):
     def _make_job(self, answer: Answer, ids: Any, pictures: list[Any], max_new_tokens: int) -> Any:
         request = answer.request
         assert self._checkpoint is not None
-        if request.constraint is not None and request.sampling.stop:
-            raise InvalidRequest("An answer that is held to a form cannot have stop texts as well.")
         return Job(
             input_ids=ids, max_new_tokens=max_new_tokens, identifier=request.id, sampler=sampler(request.sampling),
             seed=request.sampling.seed, stop_conditions=self._stop_conditions(request),
@@ -206,8 +231,6 @@ class ExLlamaV3Engine(ExLlamaEngine):
         )  # fmt: skip
 
     def _filter(self, constraint: Constraint) -> Any:
-        from modules.engines.exllama import grammar
-
         try:
             return LLGuidanceFilter(self._tokenizer, eos_after_completed=True, llg_grammar=grammar(constraint))
         except ValueError as error:
@@ -218,6 +241,11 @@ class ExLlamaV3Engine(ExLlamaEngine):
 
     def _iterate(self) -> Iterable[dict[str, Any]]:
         results: list[dict[str, Any]] = self._generator.iterate()
+        for result in results:
+            stop = result.get("eos_triggering_string")
+            if stop:
+                # Where broken characters were held, the library decodes the held tokens anew, the stop text included.
+                result["text"] = result.get("text", "").partition(stop)[0]
         return results
 
     def _cancel_job(self, job: Any) -> None:
@@ -243,6 +271,27 @@ class ExLlamaV3Engine(ExLlamaEngine):
     def _free(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def new_cache(model: Any, mode: str, tokens: int, **more: int) -> Any:
+    """A cache of this many tokens; it has to be made before its model is loaded, which allocates it."""
+    if mode == "FP16":
+        return Cache(model, max_num_tokens=tokens, layer_type=CacheLayer_fp16, **more)
+    keys, values = CACHE_BITS[mode]
+    return Cache(
+        model, max_num_tokens=tokens, layer_type=CacheLayer_quant, k_bits=keys, v_bits=values, **more
+    )  # fmt: skip
+
+
+def release_leftovers() -> None:
+    """Let go of what the library keeps on the cards for the life of the process. Only while no model is loaded."""
+    g_tensor_cache.drop_all()
+    library_attention._block_tables.clear()
+    triton_paged._h32_cache.clear()
+    recurrent_util._slot_tensors.clear()
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:  # PyTorch for the CPU has none
+        clear()
 
 
 def sampler(sampling: Sampling) -> Any:
@@ -295,32 +344,63 @@ def _measured(progress: Progress, total: int) -> Iterator[None]:
 
 
 def self_test(report: Report, place: Path) -> None:
-    """The checks of selftest.py for this library, on a tiny model below `place`."""
-    folder = write_tiny(place / "fp16")
+    """The checks of selftest.py for this library, on tiny models below `place`."""
+    folders = {"fp16": write_tiny(place / "fp16"), "exl3": write_exl3(place / "exl3")}
     with torch.inference_mode():
-        report.check("fp16: logits do not depend on later tokens", partial(_causal, folder))
-        report.check("fp16: at once as one by one", partial(_at_once, folder))
+        for quantization, folder in folders.items():
+            report.check(f"{quantization}: logits do not depend on later tokens", partial(_causal, folder))
+            report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, "FP16"))
+        for mode in CACHE_BITS:
+            report.check(f"cache mode {mode}", partial(_at_once, folders["exl3"], mode, loose=True))
 
 
-def _logits(folder: Path, parts: list[Any]) -> Any:
-    """Logits of the last position of each part, shape (parts, vocabulary), of a text that is read in these parts."""
+def write_exl3(folder: Path, *, bits: int = 4, seed: int = 1) -> Path:
+    """The tiny model of tiny.py with EXL3 weights. Random bits decode to weights that are nearly normal. The folder."""
+    write_tiny(folder, seed=seed)
+    path, random = folder / "model.safetensors", np.random.default_rng(seed)
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    tensors: dict[str, tuple[str, Any]] = {}
+    for name, entry in json.loads(raw[8:begin]).items():
+        first, last = entry["data_offsets"]
+        values = np.frombuffer(raw[begin + first : begin + last], np.float16).reshape(entry["shape"])
+        key = name.removesuffix(".weight")
+        if not key.endswith("_proj") and key != "lm_head":
+            tensors[name] = ("F16", values)
+            continue
+        outputs, inputs = (-(-size // 128) * 128 for size in values.shape)
+        tiles = random.integers(-(1 << 15), 1 << 15, (inputs // 16, outputs // 16, 16 * bits))
+        tensors[f"{key}.trellis"] = ("I16", tiles)
+        tensors[f"{key}.suh"] = ("F16", random.choice([-1.0, 1.0], inputs))
+        tensors[f"{key}.svh"] = ("F16", random.choice([-0.05, 0.05], outputs))
+        tensors[f"{key}.mul1"] = ("I32", np.array(MUL1, np.uint32).view(np.int32))
+    write_safetensors(path, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "exl3", "version": "1.6.5", "bits": bits, "head_bits": bits}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _logits(folder: Path, parts: list[Any], mode: str) -> Any:
+    """Logits of every position, shape (tokens, vocabulary), of a text that is read in these parts."""
     model = Model.from_config(Config.from_directory(str(folder)))
-    cache = Cache(model, max_num_tokens=512)
+    cache = new_cache(model, mode, 512)
     try:
         model.load(device="cuda:0", progressbar=False)
         found, past = [], 0
         for part in parts:
             params = {
-                "attn_mode": "flash_attn", "cache": cache, "past_len": past, "batch_shape": (1, 512),
-                "last_tokens_only": 1,
+                "attn_mode": "flash_attn", "cache": cache, "block_table": torch.tensor([[0, 1]], dtype=torch.int32),
+                "cache_seqlens": torch.tensor([past], dtype=torch.int32),
             }  # fmt: skip
-            found.append(model.forward(part, params)[0, -1].float().cpu())
+            found.append(model.forward(part, params)[0, :, :VOCAB].float().cpu())
             past += part.shape[-1]
-        return torch.stack(found)
+        return torch.cat(found)
     finally:
         model.unload()
         del cache, model
         gc.collect()
+        release_leftovers()
 
 
 def _text() -> Any:
@@ -330,22 +410,20 @@ def _text() -> Any:
 def _causal(folder: Path) -> str:
     """All logits of the first half, with two different second halves after it."""
     text, half = _text(), TOKENS // 2
-    model = Model.from_config(Config.from_directory(str(folder)))
-    try:
-        model.load(device="cuda:0", progressbar=False)
-        other = torch.cat([text[:, :half], text[:, half:].flip(1)], dim=1)
-        first, second = (
-            model.forward(ids, {"attn_mode": "flash_attn_nc"})[0, :half].float().cpu() for ids in (text, other)
-        )
-        return close_enough(first, second, "with other tokens after them")
-    finally:
-        model.unload()
-        del model
-        gc.collect()
+    other = torch.cat([text[:, :half], text[:, half:].flip(1)], dim=1)
+    first, second = (_logits(folder, [ids], "FP16")[:half] for ids in (text, other))
+    return close_enough(first, second, "with other tokens after them")
 
 
-def _at_once(folder: Path) -> str:
+def _at_once(folder: Path, mode: str, loose: bool = False) -> str:
+    """In one part, and in one of 40 tokens with the others singly: prefill, prefill with a past, decode."""
     text = _text()
-    whole = _logits(folder, [text])
-    parts = _logits(folder, [text[:, :40], text[:, 40:60], *(text[:, n : n + 1] for n in range(60, TOKENS))])
-    return close_enough(parts[-1:], whole, "read in parts")
+    whole = _logits(folder, [text], "FP16")
+    parts = [text[:, :40], text[:, 40:60], *(text[:, n : n + 1] for n in range(60, TOKENS))]
+    stepped = _logits(folder, parts, mode)
+    if not loose:
+        return close_enough(stepped, whole, "read in parts")
+    same = float((stepped.argmax(-1) == whole.argmax(-1)).float().mean())
+    if not bool(torch.isfinite(stepped).all()) or same < LEAST_AGREEMENT:
+        raise RuntimeError(f"the likeliest token is the same as with FP16 at {same:.0%} of the positions only")
+    return f"the likeliest token is the same as with FP16 at {same:.0%} of the positions"

@@ -19,12 +19,14 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 FAILED, NO_CARD = 1, 3
 TOKENS = 96
+BUS_BYTES, BUS_TRIES = 256 << 20, 3
 TOLERANCE = 0.05  # of the logits' own spread; half precision gives about 0.005
 
 
@@ -35,9 +37,9 @@ class Report:
         self.failed = False
         self._out = out
 
-    def say(self, name: str, ok: bool, detail: str) -> None:
-        """One line of the report."""
-        print(json.dumps({"check": name, "ok": ok, "detail": detail}), file=self._out, flush=True)
+    def say(self, name: str, ok: bool, detail: str, **figures: Any) -> None:
+        """One line of the report; figures are for programs."""
+        print(json.dumps({"check": name, "ok": ok, "detail": detail, **figures}), file=self._out, flush=True)
 
     def check(self, name: str, work: Callable[[], str]) -> bool:
         """Run `work`; what it returns is the detail, what it raises is the failure."""
@@ -68,6 +70,7 @@ def run(engine: str, out: TextIO) -> int:
     gc.collect()
     torch.cuda.empty_cache()
     report.check("memory", lambda: _nothing_left(torch))
+    _measure_bus(report, torch)
     return FAILED if report.failed else 0
 
 
@@ -82,6 +85,33 @@ def _card(torch: Any) -> str:
     found = torch.cuda.get_device_properties(0)
     torch.ones(8, device="cuda:0").sum().item()
     return f"{found.name}, {found.total_memory >> 20} MB, compute capability {found.major}.{found.minor}"
+
+
+def _measure_bus(report: Report, torch: Any) -> None:
+    """How fast each card is fed. Says nothing of the engine, so that it cannot fail its test."""
+    for index in range(torch.cuda.device_count()):
+        name = f"host to card {index}"
+        try:
+            speed = _host_to_device(torch, f"cuda:{index}")
+            card = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # as NVML writes it
+        except Exception as error:  # page-locked memory may be refused, as in WSL
+            report.say(name, True, f"not measured: {' '.join(str(error).split())[:200]}")
+        else:
+            report.say(name, True, f"{speed / 1e9:.1f} GB/s", bytes_per_s={card: round(speed)})
+
+
+def _host_to_device(torch: Any, device: str) -> float:
+    """Bytes per second from page-locked memory to a card, the best of a few copies; the first one warms up."""
+    host = torch.empty(BUS_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(BUS_BYTES, dtype=torch.uint8, device=device)
+    took_s = []
+    for _ in range(1 + BUS_TRIES):
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(device)
+        took_s.append(time.perf_counter() - began)
+    return BUS_BYTES / min(took_s[1:])
 
 
 def _nothing_left(torch: Any) -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 
 from modules.assistant import Assistant
 from modules.errors import TurntableError
-from modules.presets import BrokenPreset, Preset
+from modules.presets import Preset
 from modules.settings import Settings
 from modules.ui import models
 
@@ -19,7 +19,6 @@ TITLE = "Turntable"
 def blocks(assistant: Assistant, settings: Settings) -> gr.Blocks:
     """The whole page. Presets are read here: a new file is a new tab at the next start."""
     presets = assistant.presets.list()
-    broken = assistant.presets.broken()
     opened = next((p.name for p in presets if p.name == settings.preset), presets[0].name if presets else "models")
     with gr.Blocks(title=TITLE, fill_height=True, fill_width=True) as demo:
         gr.HTML(_strip(presets), elem_id="strip", padding=False)
@@ -32,7 +31,7 @@ def blocks(assistant: Assistant, settings: Settings) -> gr.Blocks:
                     with gr.Tab(preset.title, id=preset.name, elem_id=f"panel-{preset.name}", render_children=True):
                         _panel(assistant, preset)
                 with gr.Tab("Models", id="models", elem_id="panel-models", render_children=True):
-                    _models_page(assistant, broken)
+                    _models_page(assistant)
                 with gr.Tab("System", id="system", elem_id="panel-system", render_children=True):
                     _system_page()
     page: gr.Blocks = demo
@@ -101,12 +100,7 @@ def _system_page() -> None:
         gr.HTML('<div id="measured-page" class="models" aria-live="off"></div>', padding=False)
 
 
-def _models_page(assistant: Assistant, broken: list[BrokenPreset]) -> None:
-    with gr.Column(elem_classes="page"):
-        gr.HTML('<div id="downloads-page" class="models" aria-live="off"></div>', padding=False)
-        listing = gr.HTML(models.listing(assistant, broken), elem_id="models-list", padding=False)
-        refresh = gr.Button("Look again", elem_id="models-refresh", size="sm", scale=0)
-    refresh.click(
-        lambda: models.listing(assistant, assistant.presets.broken()), None, listing, queue=False,
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+def _models_page(assistant: Assistant) -> None:
+    """The fields; live.py sends the lists into them."""
+    with gr.Column(elem_classes="page wide"):
+        gr.HTML(models.shell(assistant), elem_id="models-list", padding=False)

@@ -7,9 +7,12 @@ jobs belong to the server, so every page sees the same ones. Knows no gradio.
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
+from typing import Any
 
-from modules.downloads import RUNNING, Downloads, JobView, Ref, progress_line
+from modules.downloads import RUNNING, Downloads, JobView, progress_line
 from modules.errors import InvalidRequest
+from modules.hub import Ref
 from modules.presets import Presets
 
 WORDS = {
@@ -33,9 +36,13 @@ class DownloadsPanel:
         return '<h3>Downloads</h3><div class="engines">' + "".join(map(_job, jobs)) + "</div>"
 
     def act(self, name: str, action: str) -> None:
-        """A button: start PRESET/VARIANT, or pause, resume or cancel a job by its id. Raises TurntableError."""
+        """A button: start PRESET/VARIANT, fetch what plan.py calls hub:REPOSITORY|FILE|PROJECTOR, or pause, resume or
+        cancel a job by its id. Raises TurntableError."""
         if action == "start":
             self._downloads.start(self._ref(name))
+        elif action == "fetch":
+            repo, file, projector = (*name.removeprefix("hub:").split("|"), "", "")[:3]
+            self._downloads.start(Ref.parse(repo, file, projector))
         elif action == "pause":
             self._downloads.pause(name)
         elif action == "resume":
@@ -44,6 +51,17 @@ class DownloadsPanel:
             self._downloads.cancel(name)
         else:
             raise InvalidRequest(f"A download cannot be told to {action!r}.")
+
+    def token(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """The hub's access token: {"token"} keeps one, {"forget": true} deletes it, {} tells whether there is one.
+
+        It is checked with the hub and lies in the hub library's file alone. Raises AccessDenied or SourceUnreachable.
+        """
+        if said.get("forget"):
+            self._downloads.forget_token()
+        elif given := str(said.get("token") or "").strip():
+            self._downloads.save_token(given)
+        return {"html": "A token is kept." if self._downloads.has_token else "No token is kept."}
 
     def _ref(self, name: str) -> Ref:
         preset, _, wanted = name.partition("/")

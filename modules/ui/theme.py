@@ -34,10 +34,9 @@ def stylesheet() -> str:
 def head(settings: Settings) -> str:
     """The script of the page, and which tab to open."""
     start = json.dumps({"preset": settings.preset}).replace("<", "\\u003c")
-    script, sheet = assets.address("page.js"), assets.address("outer.css")
+    scripts, sheet = (assets.address("page.js"), assets.address("models.js")), assets.address("outer.css")
     return (
         f"<script>window.turntable={start}</script>"
-        f'<script defer src="{script}"></script>'
-        f'<link rel="stylesheet" href="{sheet}">'
-        '<link rel="icon" href="/assets/icon.svg" type="image/svg+xml">'
+        + "".join(f'<script defer src="{script}"></script>' for script in scripts)
+        + f'<link rel="stylesheet" href="{sheet}"><link rel="icon" href="/assets/icon.svg" type="image/svg+xml">'
     )

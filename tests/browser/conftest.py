@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ def free_port() -> int:
 
 
 class Server:
-    """`python app.py` as a person starts it."""
+    """`python app.py` as a person starts it; variables are added to its environment."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, variables: Mapping[str, str] | None = None) -> None:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = (folder / "server.log").open("ab")
@@ -43,7 +44,9 @@ class Server:
             "no",
             *arguments,
         ]
-        self.child = subprocess.Popen(command, cwd=folder, stdout=self._log, stderr=self._log)
+        self.child = subprocess.Popen(
+            command, cwd=folder, stdout=self._log, stderr=self._log, env={**os.environ, **(variables or {})}
+        )
 
     def wait(self) -> Server:
         deadline = time.monotonic() + 60

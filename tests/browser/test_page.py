@@ -137,11 +137,9 @@ def test_hostile_text_stays_text(drive):
 def test_the_demo_says_what_it_is_and_leads_to_real_models(drive):
     assert "demo model" in drive.page.inner_text("#chat-assistant .demo")
     drive.page.click("#get-model-assistant")
-    drive.page.wait_for_selector("#models-list .models", state="visible")
+    drive.page.wait_for_selector(".variants tbody tr", state="visible")
     text = drive.page.inner_text("#models-list")
-    assert "phi-4" in text.lower() and "engine missing" in text and "answers" in text
-    drive.page.click("#models-list details summary >> nth=0")
-    assert "--revision" in drive.page.inner_text("#models-list .command >> nth=0")
+    assert "Phi-4" in text and "not installed" in text and "answers" in text
 
 
 def test_the_system_page_shows_the_engines_and_what_can_be_done(drive):
@@ -151,7 +149,7 @@ def test_the_system_page_shows_the_engines_and_what_can_be_done(drive):
     assert "llama.cpp" in text and "ExLlamaV2" in text and "ready" in text
     assert drive.page.locator("#engine-exllamav2 button").count() >= 1
     # A removal asks first, an unknown engine is refused in words.
-    drive.page.evaluate("""document.querySelector('#system-page').insertAdjacentHTML('beforeend',
+    drive.page.evaluate("""document.querySelector('#topbar').insertAdjacentHTML('beforeend',
         '<button type="button" id="odd" data-panel="system" data-name="gpt" data-action="remove" '
         + 'data-sure="Remove?">x</button>')""")
     drive.page.click("#odd")

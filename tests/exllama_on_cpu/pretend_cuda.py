@@ -287,6 +287,7 @@ def install() -> None:
         name="Pretended card", major=8, minor=9, total_memory=VRAM_BYTES, multi_processor_count=1, warp_size=32,
         shared_memory_per_block=49152, max_threads_per_multi_processor=1536, L2_cache_size=1 << 20, gcnArchName="",
     )  # fmt: skip
+    each = [types.SimpleNamespace(**vars(properties), uuid=f"pretended-{index}") for index in range(CARDS)]
     nothing = contextlib.nullcontext
 
     def runtime() -> Any:
@@ -294,7 +295,7 @@ def install() -> None:
 
     replaced = {
         "is_available": lambda: True, "device_count": lambda: CARDS, "current_device": lambda: 0, "init": lambda: None,
-        "is_initialized": lambda: True, "get_device_properties": lambda d=None: properties,
+        "is_initialized": lambda: True, "get_device_properties": lambda d=None: each[_index(d)],
         "get_device_name": lambda d=None: properties.name, "get_device_capability": lambda d=None: (8, 9),
         "mem_get_info": lambda d=None: (VRAM_BYTES - MEMORY.reserved[_index(d)], VRAM_BYTES),
         "memory_allocated": lambda d=None: MEMORY.used[_index(d)],

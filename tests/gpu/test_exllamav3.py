@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,11 +24,20 @@ SWAPS = 50
 def tiny(exllamav3_kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     """The tiny random FP16 model of tiny.py."""
     place = tmp_path_factory.mktemp("tiny-v3")
-    program = "import sys; from pathlib import Path; from modules.engines.tiny import write_tiny\n"
-    subprocess.run(
-        [exllamav3_kind.python, "-c", f"{program}write_tiny(Path(sys.argv[1]))", str(place)], cwd=ROOT, check=True,
-        timeout=120,
-    )  # fmt: skip
+    return written(exllamav3_kind, "modules.engines.tiny import write_tiny as write", place)
+
+
+@pytest.fixture(scope="session")
+def exl3(exllamav3_kind: EngineKind, tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
+    """The same with EXL3 weights at 4 bits."""
+    place = tmp_path_factory.mktemp("tiny-exl3")
+    return written(exllamav3_kind, "modules.engines.exllamav3 import write_exl3 as write", place)
+
+
+def written(kind: EngineKind, source: str, place: Path) -> EngineSpec:
+    """A tiny model, written by the engine's own interpreter."""
+    program = f"import sys; from pathlib import Path; from {source}\nwrite(Path(sys.argv[1]))"
+    subprocess.run([kind.python, "-c", program, str(place)], cwd=ROOT, check=True, timeout=300)
     return EngineSpec("exllamav3", str(place), context=1024, parallel=3)
 
 
@@ -48,6 +58,15 @@ class TestFP16(Contract):
     @classmethod
     def subject(cls, exllamav3_kind: EngineKind, tiny: EngineSpec) -> Subject:
         return Subject(exllamav3_kind, tiny)
+
+
+class TestEXL3(Contract):
+    """An EXL3 checkpoint."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def subject(cls, exllamav3_kind: EngineKind, exl3: EngineSpec) -> Subject:
+        return Subject(exllamav3_kind, exl3)
 
 
 class TestQuantizedCache(Contract):

@@ -5,7 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
-  const panels = { system: ['system', 'bench', 'measured'], models: ['downloads'] }; // tab -> the parts of it that the server draws
+  const panels = { system: ['system', 'bench', 'measured'], models: ['downloads', 'models', 'shelf'] }; // tab -> the parts of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
@@ -32,7 +32,7 @@
   // The connection ---------------------------------------------------------------------
   function connect() {
     socket = new WebSocket((location.protocol === 'https:' ? 'wss://' : 'ws://') + location.host + '/live');
-    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); presets().forEach(open); panel(current); };
+    socket.onopen = () => { tries = 0; document.body.classList.remove('offline'); document.body.classList.add('ready'); presets().forEach(open); draw(current); };
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
@@ -40,6 +40,7 @@
       setTimeout(connect, Math.min(4000, 250 * 2 ** tries++));
     };
   }
+  function draw(tab, off) { (panels[tab] || []).forEach(name => tell({ do: 'panel', name, off: !!off })); }
   function open(preset) { tell({ do: 'open', preset, chat: shown[preset] || null }); }
   function show(preset, chat) {
     shown[preset] = chat || null;
@@ -55,9 +56,9 @@
     panel(f) {
       const place = $(`#${f.name}-page`);
       if (!place) return;
-      const ready = () => $$('[data-state=done]', place).length, before = ready();
-      place.innerHTML = f.html;
-      if (f.name === 'downloads' && ready() > before) $('#models-refresh').click(); // a model came: the list is old
+      const fresh = document.createElement('template');
+      fresh.innerHTML = f.html;
+      morph(place, fresh.content);
     },
     status(f) {
       const bar = $('#status-bar'), dot = $('#status .dot'), name = $('#status-model');
@@ -123,6 +124,28 @@
       toast(f.message, f.hint);
     },
   };
+  // A panel comes whole, once a second. What did not change is left alone, so that open details, the focus, a selection and a
+  // button that asks whether one is sure survive.
+  function morph(old, fresh) {
+    let at = old.firstChild;
+    const taken = new Set();
+    for (const next of [...fresh.childNodes]) {
+      const key = keyOf(next), same = key ? [...old.childNodes].find(n => keyOf(n) === key && !taken.has(n)) : at && !keyOf(at) && at.nodeName === next.nodeName ? at : null;
+      if (!same) { taken.add(next); old.insertBefore(next, at); continue; }
+      taken.add(same);
+      if (same === at) at = at.nextSibling; else old.insertBefore(same, at);
+      change(same, next);
+    }
+    while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
+  }
+  function keyOf(node) { const key = node.nodeType === 1 && (node.id || node.dataset.key); return key ? node.nodeName + key : ''; }
+  function change(old, next) {
+    if (old.nodeType !== 1) { if (old.data !== next.data && !(getSelection().type === 'Range' && getSelection().containsNode(old, true))) old.data = next.data; return; }
+    if (old.isEqualNode(next) || (old.classList.contains('sure') && old.dataset.action === next.dataset.action && !next.disabled)) return;
+    for (const { name, value } of [...next.attributes]) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    for (const { name } of [...old.attributes]) if (!next.hasAttribute(name) && !(name === 'open' && old.nodeName === 'DETAILS')) old.removeAttribute(name);
+    morph(old, next);
+  }
   const words = { unloading: 'Unloading for', reading: 'Loading', warming: 'Warming up', restoring: 'Bringing back', starting: 'Starting' };
   function take(frame) { if (handlers[frame.t]) handlers[frame.t](frame); }
   function logsOf(chat) { return presets().filter(p => shown[p] === chat).map(logOf); }
@@ -254,8 +277,10 @@
     log.append(make('article', { class: 'msg user' }, own)); // shown at once; the server's version replaces it
     down(log);
   }
-  function panel(tab) { (panels[tab] || []).forEach(name => tell({ do: 'panel', name })); }
+  // Only this one works as long as it is shown; the others would be drawn anew for nothing.
+  document.addEventListener('visibilitychange', () => { if (current === 'system') draw(current, document.hidden); });
   function go(name) {
+    if (name !== current) draw(current, true);
     const button = document.getElementById(`panel-${name}-button`) || $$('#tabs > .tab-wrapper button[role=tab]').find(b => b.textContent.trim() === tabTitle(name));
     if (button) button.click();
     current = name;
@@ -265,7 +290,7 @@
     address();
     const log = logOf(name);
     if (log && !log.childNodes.length) open(name);
-    panel(name);
+    draw(name);
     if (log) requestAnimationFrame(() => down(log));
   }
   function side(openIt) {
@@ -367,6 +392,8 @@
     document.body.append(dialog); dialog.showModal();
   }
 
+  Object.assign(window.turntable, { page: { handlers, tell, toast, $, $$ } }); // for models.js
+
   // Start: gradio builds the page after this script was read ---------------------------------
   const wait = setInterval(() => {
     if (!$('#tabbar') || !presets().length || !presets().every(boxOf)) return;
@@ -376,7 +403,6 @@
     presets().forEach(p => { const log = logOf(p); if (!log.childNodes.length) log.append(welcome(log)); });
     const wanted = [preset, (window.turntable || {}).preset, presets()[0]].find(p => p && document.getElementById('tab-' + p));
     go(wanted);
-    document.body.classList.add('ready');
     connect();
     // Gradio may draw a panel once more while it settles, which empties its log.
     let left = 20;
