@@ -7,6 +7,7 @@ and reloads by itself. The order of the imports here is the order of need.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -19,13 +20,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
 from modules.assistant import Assistant, totals
+from modules.bench import Bench, BenchJobs, Outcome, Sizes
+from modules.bench import Step as BenchStep
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
@@ -36,12 +39,14 @@ from modules.images import Images
 from modules.library import Library, largest_weights
 from modules.loader import Loader
 from modules.lookup import Lookup
+from modules.measured import History, Row, markdown, text_table
 from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
 from modules.shelf import Shelf
 from modules.terminal import Asked, Terminal
+from modules.ui.bench import BenchPanel, MeasuredPanel
 from modules.ui.downloads import DownloadsPanel
 from modules.ui.models import ModelsPanel
 from modules.ui.plan import Planning
@@ -50,6 +55,7 @@ from modules.ui.system import SystemPage, engine_states
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
+MEASURED = "measured.jsonl"  # in the data folder
 PATIENCE_S = 20.0  # of a command for a driver; one of many cards that nobody used for a while needs that long
 CARDS_AGAIN_S = 5.0
 
@@ -90,7 +96,7 @@ def set_up_logging(settings: Settings) -> None:
         settings.data_dir / "turntable.log", maxBytes=2_000_000, backupCount=2, encoding="utf-8"
     )
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if settings.command == "ask":
+    if settings.command in ("ask", "bench"):
         terminal.setLevel("ERROR")
     for handler in (terminal, file):
         root.addHandler(handler)
@@ -238,6 +244,82 @@ def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:
         hardware.set_bus_speed(card, speed)
 
 
+def run_bench(settings: Settings) -> int:
+    """`bench`: measure what is ready and add it to the table, or show the table. 1 when something was not measured."""
+    asked, history = settings.bench, History(settings.data_dir / MEASURED)
+    if asked.history:
+        found = history.read()
+        if found.unreadable:
+            print(f"turntable: {found.unreadable} lines of {history.path} cannot be read.", file=sys.stderr)
+        wanted = [r for r in found.rows if not asked.names or {r.preset, f"{r.preset}/{r.variant}"} & {*asked.names}]
+        print_rows(wanted, settings, {"unreadable": found.unreadable})
+        return 0
+    try:
+        _lock(settings).close()
+    except SettingsError:
+        words = "Turntable is running with this data folder; what it does meanwhile falsifies the figures."
+        print(f"turntable: {words} Its System page can measure as well.", file=sys.stderr)
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    assistant = build(settings, Chats(":memory:"), lambda: None, hardware)
+    bench = Bench(assistant, hardware, history)
+    outcome = Outcome()
+    try:
+        targets = bench.targets(asked.names)
+        # On a thread, because Ctrl-C must reach the lease that waits, and not cut through it.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sizes = Sizes(asked.prompt_tokens, asked.tokens, asked.repeats)
+            running = pool.submit(bench.run, targets, sizes, bench_teller())
+            try:
+                outcome = running.result()
+            except KeyboardInterrupt:
+                bench.cancel()
+                outcome = running.result()
+    finally:
+        assistant.close()
+        hardware.close()
+    print("\r\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+    print_rows(outcome.rows, settings, {"failures": [dataclasses.asdict(one) for one in outcome.failures]})
+    for failure in outcome.failures:
+        print(f"turntable: {failure.title}: {failure.error} {failure.hint}".rstrip(), file=sys.stderr)
+    if outcome.cancelled:
+        print("turntable: Cancelled; the rows above are kept.", file=sys.stderr)
+        return 130
+    return 1 if outcome.failures else 0
+
+
+def bench_teller() -> Callable[[BenchStep], None]:
+    """Progress on stderr: one line that changes on a terminal, else a line for each variant."""
+    live, said = sys.stderr.isatty(), [0]
+
+    def tell(step: BenchStep) -> None:
+        head = f"{step.number} of {step.total}: {_printable(step.title)}"
+        if live:
+            line = f"{step.fraction:4.0%}  {head} {step.words}"
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\x1b[K" + line[:width], end="", file=sys.stderr, flush=True)
+        elif step.number != said[0]:
+            said[0] = step.number
+            print(head, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def print_rows(rows: Sequence[Row], settings: Settings, more: dict[str, Any]) -> None:
+    """The table as a person asked for it: text, one JSON object, Markdown, or Markdown in a file beside the text."""
+    asked = settings.bench
+    if asked.markdown not in ("", "-"):
+        Path(asked.markdown).write_text(markdown(rows), encoding="utf-8")
+    if settings.as_json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], **more}, ensure_ascii=False))
+    elif asked.markdown == "-":
+        print(markdown(rows), end="")
+    elif rows:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(_printable(text_table(rows, width)), end="")
+    else:
+        print("Nothing has been measured.")
+
+
 def run_engines(settings: Settings) -> int:
     """`engines`: list them, or install, test or remove one, with progress."""
     environments = Environments(cards=cards_of(Hardware(settings.models_dir, limit_s=PATIENCE_S)))
@@ -331,8 +413,10 @@ def serve(settings: Settings) -> int:
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
     models = ModelsPanel(assistant, here.place, lambda: redraw("models", "shelf"))
+    bench = build_bench(assistant, hardware, settings, redraw)
     panels: dict[str, Any] = {
-        "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "system": system, "bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history),
+        "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
         "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
     }  # fmt: skip
     answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
@@ -353,6 +437,7 @@ def serve(settings: Settings) -> int:
         ended.set()
         system.close()
         jobs.close()
+        bench.close()
         downloads.close()
         shelf.close()
         assistant.close()
@@ -402,6 +487,16 @@ def wait_for_cards(settings: Settings, assistant: Assistant, hardware: Hardware,
     if is_silent(hardware.snapshot()):
         log.warning("the NVIDIA driver or a card does not answer; Turntable starts without it")
         threading.Thread(target=wait, name="late-cards", daemon=True).start()
+
+
+def build_bench(
+    assistant: Assistant, hardware: Hardware, settings: Settings, redraw: Callable[[str], None]
+) -> BenchJobs:
+    """The measurements that are started from the page."""
+    history = History(settings.data_dir / MEASURED)
+    return BenchJobs(
+        assistant, hardware, history, lambda: redraw("bench"), on_row=lambda row: redraw("measured")
+    )  # fmt: skip
 
 
 def take_engine(found: Environment, assistant: Assistant, settings: Settings, hardware: Hardware) -> None:
@@ -546,6 +641,8 @@ def main(arguments: list[str]) -> int:
         set_up_logging(settings)
         if settings.command == "engines":
             return run_engines(settings)
+        if settings.command == "bench":
+            return run_bench(settings)
         if settings.command in ("download", "models", "plan"):
             return run_terminal(settings)
         if settings.command == "doctor":
@@ -557,6 +654,8 @@ def main(arguments: list[str]) -> int:
     except TurntableError as error:
         print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         print(f"turntable: {error}. Look at the rights and the free space of the data folder.", file=sys.stderr)
         return 1

@@ -28,7 +28,7 @@ ORDER = (
     "messages", "errors", "settings", "presets", "library", "hub", "downloads", "hardware", "planner", "lookup",
     "advice", "shelf", "doctor", "terminal",
     "images", "process", "environments", "here", "loader", "chats", "prompt", "render", "assets",
-    "assistant", "gate", "live", "ui", "app",
+    "assistant", "measured", "bench", "gate", "live", "ui", "app",
 )  # fmt: skip
 # The engines live in another process, and know only the words they share with it.
 ENGINES_KNOW = ("messages", "errors", "engines")
