@@ -10,7 +10,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import logging.handlers
@@ -27,7 +26,6 @@ from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
-from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
 from modules.bench import Bench, BenchJobs, Outcome, Sizes
 from modules.bench import Step as BenchStep
@@ -36,6 +34,7 @@ from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
 from modules.hardware import Hardware, Machine
+from modules.here import Here
 from modules.images import Images
 from modules.library import Library, largest_weights
 from modules.loader import Loader
@@ -181,12 +180,14 @@ def run_terminal(settings: Settings) -> int:
     hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
     asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
     try:
-        if settings.command == "download":
-            vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
-            return terminal.download(asked, sys.stdout.isatty(), vram)
         if settings.command == "models":
             return terminal.models()
-        return terminal.plan(asked, planner.cards_of(hardware.snapshot()))
+        place = Here(hardware, Environments(cards=cards_of(hardware))).place()
+        if settings.vram_budget_bytes:
+            place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
+        if settings.command == "download":
+            return terminal.download(asked, sys.stdout.isatty(), place)
+        return terminal.plan(asked, place)
     finally:
         downloads.close()
         hardware.close()
@@ -393,6 +394,7 @@ def serve(settings: Settings) -> int:
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     environments = Environments(cards=cards_of(hardware))
     tell_bus_speeds(environments, hardware)
+    here = Here(hardware, environments)
 
     def redraw(*names: str) -> None:
         for name in names if hub else ():
@@ -401,15 +403,16 @@ def serve(settings: Settings) -> int:
     def moved(view: JobView) -> None:
         redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
 
-    take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
-    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    def taken(found: Environment) -> None:
+        take_engine(found, assistant, settings, hardware)
+        here.forget()
+        redraw("models")  # what can be run is another now
+
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=taken)
     system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
-    models = ModelsPanel(
-        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
-        lambda: redraw("models", "shelf"),
-    )  # fmt: skip
+    models = ModelsPanel(assistant, here.place, lambda: redraw("models", "shelf"))
     bench = build_bench(assistant, hardware, settings, redraw)
     panels: dict[str, Any] = {
         "system": system, "bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history),
@@ -511,18 +514,6 @@ def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads
     """What a single page may ask: the list for another machine, a repository, the plan of a model."""
     planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
     return {"models": models.ask, "look": planning.look, "plan": planning.plan}
-
-
-def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
-    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
-    found = dict.fromkeys(assistant.kinds, READY)
-    for name in NAMES:
-        if name in found:
-            continue
-        environment = environments.get(name)
-        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
-        found[name] = state
-    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:

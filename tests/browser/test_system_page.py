@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import time
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect
 
 from .. import nvml
 from ..conftest import eventually
@@ -276,6 +278,31 @@ def test_the_driver_is_asked_only_while_the_page_is_shown(look, machine) -> None
         document.dispatchEvent(new Event('visibilitychange'));
     }""")
     eventually(is_asked, 30)
+
+
+def test_a_connection_that_breaks_off_watches_no_more(machine) -> None:
+    """A browser says goodbye before it goes; one that crashed, or a phone out of reach, does not."""
+    with connect(machine.url.replace("http", "ws") + "/live") as page:
+        page.send(json.dumps({"do": "panel", "name": "system"}))
+        frames = (json.loads(page.recv(timeout=30)) for _ in range(50))
+        assert any(frame["t"] == "panel" and "RTX 4090" in frame["html"] for frame in frames)
+        page.socket.shutdown(socket.SHUT_RDWR)
+
+    def is_quiet() -> bool:
+        before = machine.calls()
+        time.sleep(2.5)
+        return machine.calls() == before
+
+    eventually(is_quiet, 30)
+
+
+def test_nonsense_about_panels_is_survived(machine) -> None:
+    with connect(machine.url.replace("http", "ws") + "/live") as page:
+        for said in ({"name": "nothing"}, {"name": ["system"]}, {"name": "nothing", "off": True}, {}):
+            page.send(json.dumps({"do": "panel", **said}))
+        page.send(json.dumps({"do": "act", "panel": "system", "name": "disk", "action": "format"}))
+        frames = (json.loads(page.recv(timeout=30)) for _ in range(50))
+        assert any(frame["t"] == "error" and "format" in frame["message"] for frame in frames)
 
 
 def test_what_our_models_hold_is_told_from_what_others_hold(look, machine) -> None:
