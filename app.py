@@ -7,9 +7,9 @@ and reloads by itself. The order of the imports here is the order of need.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import logging.handlers
@@ -20,29 +20,33 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from modules import doctor, planner
 from modules import settings as settings_module
-from modules.advice import INSTALLABLE, READY, place_of
 from modules.assistant import Assistant, totals
+from modules.bench import Bench, BenchJobs, Outcome, Sizes
+from modules.bench import Step as BenchStep
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
 from modules.environments import NAMES, EngineJobs, Environment, Environments, Step, cards_of
 from modules.errors import InstallFailed, SettingsError, TurntableError
 from modules.hardware import Hardware, Machine
+from modules.here import Here
 from modules.images import Images
 from modules.library import Library, largest_weights
 from modules.loader import Loader
 from modules.lookup import Lookup
+from modules.measured import History, Row, markdown, text_table
 from modules.messages import Delta, Failed, Finished, Loading, Queued
 from modules.presets import Presets
 from modules.process import EngineKind, Limits
 from modules.settings import Settings
 from modules.shelf import Shelf
 from modules.terminal import Asked, Terminal
+from modules.ui.bench import BenchPanel, MeasuredPanel
 from modules.ui.downloads import DownloadsPanel
 from modules.ui.models import ModelsPanel
 from modules.ui.plan import Planning
@@ -51,6 +55,7 @@ from modules.ui.system import SystemPage, engine_states
 
 log = logging.getLogger("turntable")
 MOST_BODY_BYTES = 25_000_000
+MEASURED = "measured.jsonl"  # in the data folder
 PATIENCE_S = 20.0  # of a command for a driver; one of many cards that nobody used for a while needs that long
 CARDS_AGAIN_S = 5.0
 
@@ -91,7 +96,7 @@ def set_up_logging(settings: Settings) -> None:
         settings.data_dir / "turntable.log", maxBytes=2_000_000, backupCount=2, encoding="utf-8"
     )
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if settings.command == "ask":
+    if settings.command in ("ask", "bench"):
         terminal.setLevel("ERROR")
     for handler in (terminal, file):
         root.addHandler(handler)
@@ -175,12 +180,14 @@ def run_terminal(settings: Settings) -> int:
     hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
     asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
     try:
-        if settings.command == "download":
-            vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
-            return terminal.download(asked, sys.stdout.isatty(), vram)
         if settings.command == "models":
             return terminal.models()
-        return terminal.plan(asked, planner.cards_of(hardware.snapshot()))
+        place = Here(hardware, Environments(cards=cards_of(hardware))).place()
+        if settings.vram_budget_bytes:
+            place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
+        if settings.command == "download":
+            return terminal.download(asked, sys.stdout.isatty(), place)
+        return terminal.plan(asked, place)
     finally:
         downloads.close()
         hardware.close()
@@ -235,6 +242,82 @@ def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:
             speeds[card] = max(speed, speeds.get(card, 0.0))
     for card, speed in speeds.items():
         hardware.set_bus_speed(card, speed)
+
+
+def run_bench(settings: Settings) -> int:
+    """`bench`: measure what is ready and add it to the table, or show the table. 1 when something was not measured."""
+    asked, history = settings.bench, History(settings.data_dir / MEASURED)
+    if asked.history:
+        found = history.read()
+        if found.unreadable:
+            print(f"turntable: {found.unreadable} lines of {history.path} cannot be read.", file=sys.stderr)
+        wanted = [r for r in found.rows if not asked.names or {r.preset, f"{r.preset}/{r.variant}"} & {*asked.names}]
+        print_rows(wanted, settings, {"unreadable": found.unreadable})
+        return 0
+    try:
+        _lock(settings).close()
+    except SettingsError:
+        words = "Turntable is running with this data folder; what it does meanwhile falsifies the figures."
+        print(f"turntable: {words} Its System page can measure as well.", file=sys.stderr)
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    assistant = build(settings, Chats(":memory:"), lambda: None, hardware)
+    bench = Bench(assistant, hardware, history)
+    outcome = Outcome()
+    try:
+        targets = bench.targets(asked.names)
+        # On a thread, because Ctrl-C must reach the lease that waits, and not cut through it.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sizes = Sizes(asked.prompt_tokens, asked.tokens, asked.repeats)
+            running = pool.submit(bench.run, targets, sizes, bench_teller())
+            try:
+                outcome = running.result()
+            except KeyboardInterrupt:
+                bench.cancel()
+                outcome = running.result()
+    finally:
+        assistant.close()
+        hardware.close()
+    print("\r\x1b[K" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)
+    print_rows(outcome.rows, settings, {"failures": [dataclasses.asdict(one) for one in outcome.failures]})
+    for failure in outcome.failures:
+        print(f"turntable: {failure.title}: {failure.error} {failure.hint}".rstrip(), file=sys.stderr)
+    if outcome.cancelled:
+        print("turntable: Cancelled; the rows above are kept.", file=sys.stderr)
+        return 130
+    return 1 if outcome.failures else 0
+
+
+def bench_teller() -> Callable[[BenchStep], None]:
+    """Progress on stderr: one line that changes on a terminal, else a line for each variant."""
+    live, said = sys.stderr.isatty(), [0]
+
+    def tell(step: BenchStep) -> None:
+        head = f"{step.number} of {step.total}: {_printable(step.title)}"
+        if live:
+            line = f"{step.fraction:4.0%}  {head} {step.words}"
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\x1b[K" + line[:width], end="", file=sys.stderr, flush=True)
+        elif step.number != said[0]:
+            said[0] = step.number
+            print(head, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def print_rows(rows: Sequence[Row], settings: Settings, more: dict[str, Any]) -> None:
+    """The table as a person asked for it: text, one JSON object, Markdown, or Markdown in a file beside the text."""
+    asked = settings.bench
+    if asked.markdown not in ("", "-"):
+        Path(asked.markdown).write_text(markdown(rows), encoding="utf-8")
+    if settings.as_json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], **more}, ensure_ascii=False))
+    elif asked.markdown == "-":
+        print(markdown(rows), end="")
+    elif rows:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+        print(_printable(text_table(rows, width)), end="")
+    else:
+        print("Nothing has been measured.")
 
 
 def run_engines(settings: Settings) -> int:
@@ -311,6 +394,7 @@ def serve(settings: Settings) -> int:
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     environments = Environments(cards=cards_of(hardware))
     tell_bus_speeds(environments, hardware)
+    here = Here(hardware, environments)
 
     def redraw(*names: str) -> None:
         for name in names if hub else ():
@@ -319,17 +403,20 @@ def serve(settings: Settings) -> int:
     def moved(view: JobView) -> None:
         redraw("downloads", *(("models", "shelf") if view.state in ("done", "cancelled") else ()))
 
-    take = functools.partial(take_engine, assistant=assistant, settings=settings, hardware=hardware)
-    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=take)
+    def taken(found: Environment) -> None:
+        take_engine(found, assistant, settings, hardware)
+        here.forget()
+        redraw("models")  # what can be run is another now
+
+    jobs = EngineJobs(environments, on_change=lambda: redraw("system"), on_done=taken)
     system = SystemPage(jobs, hardware, settings.pinned_memory_bytes, on_change=lambda: redraw("system"))
     downloads = Downloads(assistant.library, on_change=moved)
     shelf = Shelf(assistant.library, assistant.presets, chats.last_used, downloads.is_writing)
-    models = ModelsPanel(
-        assistant, lambda: place_of(hardware.snapshot(), engines_for_advice(environments, assistant)),
-        lambda: redraw("models", "shelf"),
-    )  # fmt: skip
+    models = ModelsPanel(assistant, here.place, lambda: redraw("models", "shelf"))
+    bench = build_bench(assistant, hardware, settings, redraw)
     panels: dict[str, Any] = {
-        "system": system, "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
+        "system": system, "bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history),
+        "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
         "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
     }  # fmt: skip
     answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
@@ -350,6 +437,7 @@ def serve(settings: Settings) -> int:
         ended.set()
         system.close()
         jobs.close()
+        bench.close()
         downloads.close()
         shelf.close()
         assistant.close()
@@ -404,6 +492,16 @@ def wait_for_cards(
         threading.Thread(target=wait, name="late-cards", daemon=True).start()
 
 
+def build_bench(
+    assistant: Assistant, hardware: Hardware, settings: Settings, redraw: Callable[[str], None]
+) -> BenchJobs:
+    """The measurements that are started from the page."""
+    history = History(settings.data_dir / MEASURED)
+    return BenchJobs(
+        assistant, hardware, history, lambda: redraw("bench"), on_row=lambda row: redraw("measured")
+    )  # fmt: skip
+
+
 def take_engine(found: Environment, assistant: Assistant, settings: Settings, hardware: Hardware) -> None:
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
@@ -419,18 +517,6 @@ def answerers_of(models: ModelsPanel, assistant: Assistant, downloads: Downloads
     """What a single page may ask: the list for another machine, a repository, the plan of a model."""
     planning = Planning(assistant, Lookup(assistant.presets, downloads), models.place)
     return {"models": models.ask, "look": planning.look, "plan": planning.plan}
-
-
-def engines_for_advice(environments: Environments, assistant: Assistant) -> dict[str, str]:
-    """Each engine's name to ready, installable, or why it is neither; for the advice on models."""
-    found = dict.fromkeys(assistant.kinds, READY)
-    for name in NAMES:
-        if name in found:
-            continue
-        environment = environments.get(name)
-        state = f"its self-test failed: {environment.problem}" if environment.state == "failed" else INSTALLABLE
-        found[name] = state
-    return found
 
 
 def install_engine(jobs: EngineJobs, settings: Settings) -> None:
@@ -558,6 +644,8 @@ def main(arguments: list[str]) -> int:
         set_up_logging(settings)
         if settings.command == "engines":
             return run_engines(settings)
+        if settings.command == "bench":
+            return run_bench(settings)
         if settings.command in ("download", "models", "plan"):
             return run_terminal(settings)
         if settings.command == "doctor":
@@ -569,6 +657,8 @@ def main(arguments: list[str]) -> int:
     except TurntableError as error:
         print(f"turntable: {error} {error.hint}".rstrip(), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         print(f"turntable: {error}. Look at the rights and the free space of the data folder.", file=sys.stderr)
         return 1

@@ -1,9 +1,9 @@
 """Which of a preset's variants to run on this machine, and why, in words. Pure: numbers of the machine are handed in.
 
-The order of the reasons: what does not fit is out; an engine that is here comes
-before one that would have to be installed; a model on the card comes before one for
-the processor, which is slower; then the model that should answer best. That is a rule of
-thumb and not a measurement: more parameters at fewer bits beat fewer at more, down
+The order of the reasons: what does not fit is out; a model on the card comes before
+one for the processor, which is slower, and there an engine that is here before one
+that would have to be installed, unless that takes an hour; then the model that should
+answer best. That is a rule of thumb and not a measurement: more parameters at fewer bits beat fewer at more, down
 to about 4 bits per weight (kept_quality). Then context, then cache precision, then a
 licence without conditions, then the preset's own order.
 """
@@ -46,12 +46,20 @@ class Place:
     cards: tuple[Card, ...] = ()
     ram_bytes: int = 0
     engines: Mapping[str, str] = field(default_factory=dict)
-    bandwidth_gb_s: float = 0.0  # of the card, 0 where it is not known
+    bandwidths_gb_s: tuple[float, ...] = ()  # of each card's memory, 0 where it is not known
 
     @property
     def card(self) -> Card | None:
         """The card with the most room."""
         return max(self.cards, key=lambda card: card.free_bytes, default=None)
+
+    def bandwidth_gb_s(self, setup: Setup) -> float:
+        """Of the memory that a setup is to go to; of several cards the slowest. 0 where it is not known."""
+        if not setup.gpus:
+            return MEMORY_GB_S
+        if setup.gpus > 1 or self.card is None or len(self.bandwidths_gb_s) != len(self.cards):
+            return min(self.bandwidths_gb_s, default=0.0)
+        return self.bandwidths_gb_s[self.cards.index(self.card)]
 
     def room(self, setup: Setup, over_all: bool = False) -> Card:
         """The memory that a setup is to go to: the best card, all of them taken together, or the computer's."""
@@ -81,17 +89,17 @@ def places(ram_bytes: int) -> dict[str, Place]:
     found = {}
     for name, size, bandwidth in KNOWN_CARDS:
         engines = {"llamacpp": READY, "exllamav2": READY, "exllamav3": INSTALLABLE}
-        found[f"{name}, {size} GB"] = Place((Card(size << 30),), ram_bytes, engines, bandwidth)
+        found[f"{name}, {size} GB"] = Place((Card(size << 30),), ram_bytes, engines, (bandwidth,))
         if name in OFTEN_PAIRED:
-            found[f"2 × {name}, {2 * size} GB"] = Place((Card(size << 30),) * 2, ram_bytes, engines, bandwidth)
+            found[f"2 × {name}, {2 * size} GB"] = Place((Card(size << 30),) * 2, ram_bytes, engines, (bandwidth,) * 2)
     return found
 
 
 def place_of(machine: Machine, engines: Mapping[str, str]) -> Place:
     """This machine, as its hardware was last seen. What our own models hold counts as free: they can be unloaded."""
-    names = [card.name for card in machine.working_cards]
-    bandwidth = next((gb_s for name, _, gb_s in reversed(KNOWN_CARDS) if any(name in own for own in names)), 0.0)
-    return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidth)
+    known = [card for card in machine.working_cards if card.total_bytes and card.free_bytes is not None]
+    bandwidths = tuple(card.bandwidth_gb_s or 0.0 for card in known)
+    return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidths)
 
 
 def kept_quality(bpw: float, engine: str = "exllamav2") -> float:
@@ -159,7 +167,7 @@ def best_bits(setup: Setup, place: Place) -> float:
 
 def speed(planned: Plan, place: Place) -> float:
     """Estimate of tokens per second at an empty cache; 0 where the memory's bandwidth is not known."""
-    gb_s = place.bandwidth_gb_s if planned.setup.gpus else MEMORY_GB_S
+    gb_s = place.bandwidth_gb_s(planned.setup)
     return planner.tokens_per_second(planned, gb_s) if gb_s else 0.0
 
 
@@ -197,8 +205,14 @@ def _may_be_recommended(judged: Judged, place: Place) -> bool:
 def _rank_of(judged: Judged, place: Place) -> tuple[float, ...]:
     """Compared from the first number on; see the head of this file."""
     variant = judged.variant
-    # ExLlamaV3 compiles for the better part of an hour: not the first thing to ask of somebody.
-    engine = 2.0 if judged.engine == READY else float(variant.engine != "exllamav3")
+    # A card is worth ten minutes of installing ExLlamaV2. ExLlamaV3 compiles for the better part of an hour: not the
+    # first thing to ask of somebody.
+    if variant.engine not in EXL_ENGINES:
+        engine = 1.0
+    elif judged.engine == READY:
+        engine = 3.0
+    else:
+        engine = 2.0 if variant.engine == "exllamav2" else 0.0
     free = float(variant.licence.lower() in FREE_LICENCES)
     if variant.engine not in EXL_ENGINES:
         return (engine, 0.0, free)  # on a processor the preset's order weighs speed against ability

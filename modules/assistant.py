@@ -7,6 +7,7 @@ that goes away and comes back attaches to it again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -28,7 +29,7 @@ from modules.errors import (
 )  # fmt: skip
 from modules.images import Images, StoredImage
 from modules.library import Library, Located
-from modules.loader import LeaseCancelled, Loader, LoaderView
+from modules.loader import LeaseCancelled, Loader, LoaderView, Report
 from modules.messages import (
     Counts,
     Delta,
@@ -355,6 +356,31 @@ class Assistant:
     def label(self, spec: EngineSpec) -> str:
         """What a loaded model is called on the page."""
         return self._labels.get(spec, Path(spec.model).name)
+
+    @contextlib.contextmanager
+    def lease(
+        self, preset: Preset, variant: Variant, *, report: Report, cancelled: threading.Event, fresh: str = ""
+    ) -> Iterator[EngineProcess]:
+        """A variant's model in memory without a conversation, to measure it; it waits its turn as an answer does.
+
+        The arguments and errors of Loader.lease; also ModelNotDownloaded and its kin. After setting
+        `cancelled`, call wake().
+        """
+        located = self._locate(variant)
+        spec = self._spec(variant, located)
+        self._labels[spec] = f"{preset.title} · {variant.title}"
+        needs = needs_bytes(variant, located.size_bytes)
+        lease = self._loader.lease(spec, needs_bytes=needs, report=report, cancelled=cancelled, fresh=fresh)
+        with lease as engine:
+            yield engine
+
+    def spec(self, variant: Variant) -> EngineSpec:
+        """What a variant loads; variants with equal specs share it. Raises ModelNotDownloaded and its kin."""
+        return self._spec(variant, self._locate(variant))
+
+    def wake(self) -> None:
+        """Let waiting leases look at their `cancelled` at once."""
+        self._loader.wake()
 
     def engine_pids(self) -> list[int]:
         """Process ids of the engines' children."""

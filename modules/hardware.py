@@ -130,6 +130,14 @@ class Card:
     capability: tuple[int, int] | None = None
     mig: bool = False
     host_to_device_bytes_per_s: float | None = None
+    memory_bus_bits: int | None = None
+
+    @property
+    def bandwidth_gb_s(self) -> float | None:
+        """Of its own memory, in 10^9 bytes a second: two transfers in each cycle of the clock that NVML tells."""
+        if not self.memory_bus_bits or not self.clocks.memory_max_mhz:
+            return None
+        return self.memory_bus_bits / 8 * 2 * self.clocks.memory_max_mhz / 1000
 
     @property
     def works(self) -> bool:
@@ -451,6 +459,7 @@ class _Nvml:
                 self._ask("nvmlDeviceGetMaxPcieLinkWidth", handle),
                 self._ask("nvmlDeviceGetGpuMaxPcieLinkGeneration", handle),
             ),
+            memory_bus_bits=self._ask("nvmlDeviceGetMemoryBusWidth", handle),
         )  # fmt: skip
 
     def _with_use(self, card: Card, handle: Any, ours: frozenset[int]) -> Card:

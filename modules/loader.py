@@ -45,6 +45,7 @@ from modules.process import EngineKind, EngineProcess, Limits
 
 LEFTOVER_BYTES = 64 << 20  # more than this after an unload in place means a leak: the child is replaced
 CRASHES_PER_MINUTE = 3
+FRESH = ("", "again", "child")  # a lease may ask for a load that is to be measured, see lease()
 Report = Callable[[Loading | Queued], None]
 log = logging.getLogger("turntable.loader")
 
@@ -65,7 +66,10 @@ class ModelView:
 
 @dataclass(frozen=True)
 class LoaderView:
-    """What is in memory and on its way, for display. used and budget in bytes, the cards' memory apart."""
+    """What is in memory and on its way, for display. used and budget in bytes, the cards' memory apart.
+
+    granted counts the leases since the start: who measures sees by it that somebody else was there in between.
+    """
 
     models: tuple[ModelView, ...]
     loading: EngineSpec | None
@@ -75,6 +79,12 @@ class LoaderView:
     budget_bytes: int
     vram_used_bytes: int = 0
     vram_budget_bytes: int = 0
+    granted: int = 0
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is being loaded and nobody uses a model."""
+        return self.loading is None and not any(model.leases for model in self.models)
 
 
 @dataclass
@@ -93,6 +103,7 @@ class _Ticket:
     needs_bytes: int
     report: Report
     cancelled: threading.Event
+    fresh: str = ""
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -116,6 +127,7 @@ class Loader:
         self._idle: dict[str, EngineProcess] = {}  # children without a model, of engines that keep their process
         self._crashes: dict[EngineSpec, list[float]] = {}
         self._clock = 0
+        self._granted = 0
         self._closed = False
 
     def snapshot(self) -> LoaderView:
@@ -130,7 +142,7 @@ class Loader:
             return LoaderView(
                 models, self._swapping.spec if self._swapping else None, self._progress,
                 sum(t is not self._swapping for t in self._queue), used["ram"], self._budgets["ram"], used["vram"],
-                self._budgets["vram"],
+                self._budgets["vram"], self._granted,
             )  # fmt: skip
 
     def set_vram_budget(self, size_bytes: int) -> None:
@@ -150,16 +162,22 @@ class Loader:
     @contextlib.contextmanager
     def lease(
         self, spec: EngineSpec, *, needs_bytes: int = 0, report: Report = lambda event: None,
-        cancelled: threading.Event | None = None,
+        cancelled: threading.Event | None = None, fresh: str = "",
     ) -> Iterator[EngineProcess]:  # fmt: skip
         """Have `spec` in memory, and keep it there while the block runs.
 
         needs_bytes is what the model is expected to take; report gets Queued and Loading
         events; setting `cancelled` ends the wait or the load with LeaseCancelled.
+        fresh loads the model although it is in memory, to measure that: "again" as a swap
+        does, "child" in a new child. Its running answers end first; a load that fails or is
+        cancelled leaves it out of memory, and the next lease loads it.
         Raises EngineMissing, DoesNotFit, LoadTimedOut, EngineCrashed or another LoadError.
         """
-        ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event())
+        assert fresh in FRESH
+        ticket = _Ticket(spec, needs_bytes, report, cancelled or threading.Event(), fresh)
         resident = self._acquire(ticket)
+        with self._see:
+            self._granted += 1
         try:
             yield resident.process
         finally:
@@ -246,13 +264,13 @@ class Loader:
         if ticket.cancelled.is_set() or self._closed:
             raise LeaseCancelled
         resident = self._residents.get(ticket.spec)
-        if resident is not None and resident.process.alive:
+        if resident is not None and resident.process.alive and not ticket.fresh:
             if self._must_stand_back(resident, ticket):
                 return None, None
             resident.leases += 1
             self._touch(resident)
             return resident, None
-        if resident is not None:
+        if resident is not None and not resident.process.alive:
             del self._residents[ticket.spec]  # it crashed a moment ago
         if self._swapping is not None or self._first_swap() is not ticket:
             return None, None
@@ -273,7 +291,7 @@ class Loader:
         )
 
     def _first_swap(self) -> _Ticket | None:
-        return next((t for t in self._queue if t.spec not in self._residents), None)
+        return next((t for t in self._queue if t.fresh or t.spec not in self._residents), None)
 
     def _victims(self, ticket: _Ticket) -> list[_Resident]:
         """Least recently used first, until the newcomer fits; idle ones before busy ones.
@@ -283,8 +301,10 @@ class Loader:
         memory = self._kinds[ticket.spec.engine].memory
         rivals = [r for r in self._residents.values() if r.process.kind.memory == memory]
         used = sum(r.memory_bytes for r in rivals)
-        victims = []
-        for resident in sorted(rivals, key=lambda r: (r.leases > 0, r.last_used)):
+        victims = [r for r in rivals if r.spec == ticket.spec]  # only where it is to be loaded anew
+        used -= sum(r.memory_bytes for r in victims)
+        others = [r for r in rivals if r.spec != ticket.spec]
+        for resident in sorted(others, key=lambda r: (r.leases > 0, r.last_used)):
             if used + ticket.needs_bytes <= self._budgets[memory]:
                 break
             victims.append(resident)
@@ -300,7 +320,8 @@ class Loader:
             resident = self._load(ticket, ticket.spec, ticket.needs_bytes)
         except (TurntableError, LeaseCancelled):
             for victim in reversed(victims):
-                self._restore(ticket, victim)
+                if victim.spec != ticket.spec:  # the same load has just failed or was given up
+                    self._restore(ticket, victim)
             raise
         with self._see:
             resident.leases += 1
@@ -325,9 +346,12 @@ class Loader:
                 self._idle[process.kind.name] = process
 
     def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
-        kind = self._kinds[spec.engine]
+        kind, began = self._kinds[spec.engine], time.monotonic()
         with self._see:
             process = self._idle.pop(kind.name, None)
+        if process is not None and ticket.fresh == "child" and spec == ticket.spec:
+            process.stop()
+            began = time.monotonic()
         if process is None or not process.alive:
             process = EngineProcess(kind, self._limits, self._on_exit)
         with self._see:
@@ -339,6 +363,7 @@ class Loader:
                 raise LeaseCancelled
             ready = process.load(spec, lambda event: self._tell(ticket, event))
             process.ping()
+            process.up_s = time.monotonic() - began
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
             if ready is None and self._is_clean(process, error):

@@ -96,13 +96,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Start:
-    """Answer these messages. thinking: None leaves it to the template; constraint: None leaves the answer free."""
+    """Answer these messages. thinking: None leaves it to the template; constraint: None leaves the answer free.
+
+    full_length writes sampling.max_tokens tokens also where the model wants to end before, to measure its speed.
+    """
 
     id: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
     thinking: bool | None = None
     constraint: Constraint | None = None
+    full_length: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class EngineProcess:
         self.kind = kind
         self.spec: EngineSpec | None = None
         self.ready: messages.Ready | None = None
+        self.up_s = 0.0  # the last load as a person waits for it, to a first token; the start of a new child included
         self.version = ""
         self.log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
         self._limits = limits or Limits()

@@ -60,6 +60,18 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 @dataclass(frozen=True)
+class BenchChoice:
+    """What was typed behind `bench`. markdown is a file, or - for standard output; history measures nothing."""
+
+    names: tuple[str, ...] = ()
+    markdown: str = ""
+    history: bool = False
+    prompt_tokens: int = 512
+    tokens: int = 128
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
 class Settings:
     """What a person chose. Sizes in bytes, times in seconds, folders absolute. vram_budget_bytes 0: by the cards."""
 
@@ -89,6 +101,7 @@ class Settings:
     context: int = 0
     cache: str = ""
     as_json: bool = False
+    bench: BenchChoice = BenchChoice()
 
     @property
     def bundled_dir(self) -> Path:
@@ -165,8 +178,29 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     engines.add_argument("action", nargs="?", default="list", choices=("list", "install", "test", "remove"))
     engines.add_argument("what", nargs="?", default="", metavar="ENGINE", help="exllamav2 or exllamav3.")
     engines.add_argument("--yes", dest="yes", action="store_true", help="Remove without asking.")
-    for command in (download, models, plan, doctor, engines):
+    bench = _add_bench(commands)
+    for command in (download, models, plan, doctor, engines, bench):
         _add_settings(command, top_level=False)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    bench = commands.add_parser(
+        "bench", help="Measure the models that are here, and keep the table.",
+        description="Measure load time, prompt and decode speed and memory of every variant that is ready, and add "
+        "them to the measured table. Ctrl-C ends it; what is measured already stays.",
+    )  # fmt: skip
+    usual = BenchChoice()
+    bench.add_argument("names", nargs="*", metavar="PRESET", help="Only these presets, or PRESET/VARIANT. [all]")
+    bench.add_argument("--history", action="store_true", help="Measure nothing; show the table of all runs so far.")
+    bench.add_argument("--json", dest="as_json", action="store_true", help="Print one object with rows and failures.")
+    bench.add_argument("--markdown", default="", metavar="FILE", help="Write the rows as Markdown; - prints them.")
+    for flag, default, words in (
+        ("--prompt-tokens", usual.prompt_tokens, "Tokens of the prompt."),
+        ("--tokens", usual.tokens, "Tokens to write."),
+        ("--repeats", usual.repeats, "How often; the table shows the median."),
+    ):
+        bench.add_argument(flag, default=str(default), metavar="N", help=f"{words} [{default}]")
+    return bench
 
 
 def _add_settings(to: argparse.ArgumentParser, top_level: bool) -> None:
@@ -225,7 +259,16 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         context=getattr(chosen, "context", 0),
         cache=getattr(chosen, "cache", ""),
         as_json=getattr(chosen, "as_json", False),
+        bench=_bench(chosen) if chosen.command == "bench" else BenchChoice(),
     )
+
+
+def _bench(chosen: argparse.Namespace) -> BenchChoice:
+    return BenchChoice(
+        names=tuple(chosen.names), markdown=chosen.markdown, history=chosen.history,
+        prompt_tokens=_number("--prompt-tokens", chosen.prompt_tokens, 16, 1_000_000),
+        tokens=_number("--tokens", chosen.tokens, 8, 100_000), repeats=_number("--repeats", chosen.repeats, 1, 100),
+    )  # fmt: skip
 
 
 def _value(row: Setting, chosen: argparse.Namespace, environment: Mapping[str, str]) -> str:

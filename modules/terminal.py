@@ -12,14 +12,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from modules import planner
+from modules import advice, planner
+from modules.advice import Place
 from modules.downloads import Downloads, print_models, print_plan, run_download
 from modules.errors import ModelNotDownloaded
 from modules.hub import Ref
 from modules.library import Library
 from modules.lookup import Found, Lookup
 from modules.planner import Card, Plan, Setup
-from modules.presets import Presets, Variant
+from modules.presets import Presets
 
 Write = Callable[[str], None]
 SIZES_GB = (8, 12, 16, 24, 32, 48)  # cards that people have, for a machine without one
@@ -44,13 +45,16 @@ class Terminal:
         self._presets, self._library, self._downloads, self._write = presets, library, downloads, write
         self._lookup = Lookup(presets, downloads)
 
-    def download(self, asked: Asked, live: bool, card_bytes: int = 0) -> int:
-        """Fetch OWNER/NAME@REVISION, or the best variant of a preset that fits this machine."""
+    def download(self, asked: Asked, live: bool, place: Place) -> int:
+        """Fetch OWNER/NAME@REVISION, or of a preset the variant that is recommended for this machine."""
         if "/" in asked.what:
             ref = Ref.parse(asked.what, asked.file, asked.projector)
             return run_download(self._downloads, ref, self._write, live=live)
-        variant = self._variant(asked.what, card_bytes)
-        self._write(f"{asked.what}: {variant.title}\n")
+        best = next((j for j in advice.rank(self._presets.get(asked.what), place) if j.recommended), None)
+        if best is None or not best.variant.repo:
+            raise ModelNotDownloaded(f"No variant of the preset {asked.what} can be downloaded for this machine.")
+        variant = best.variant
+        self._write(f"{asked.what}: {variant.title}. {best.why}\n")
         return run_download(self._downloads, Ref.of(variant), self._write, live=live)
 
     def models(self) -> int:
@@ -59,13 +63,15 @@ class Terminal:
         print_models(self._library, variants, self._downloads, self._write)
         return 0
 
-    def plan(self, asked: Asked, cards: list[Card]) -> int:
+    def plan(self, asked: Asked, place: Place) -> int:
         """What a model takes and whether it fits, before a byte of it is downloaded."""
         found = self._find(asked)
         setup, title = found.setup, found.title
         planned = planner.plan(setup, found.tensors)
+        verdicts = [(name, where, advice.judge(setup, where, found.tensors)[1]) for name, where in _named(setup, place)]
         if asked.as_json:
-            self._write(json.dumps(_figures(title, planned, cards), ensure_ascii=False, indent=1) + "\n")
+            figures = _figures(title, planned) | {"verdicts": {name: verdict.kind for name, _, verdict in verdicts}}
+            self._write(json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
             return 0
         self._write(f"{title}: {_words(setup)}\n")
         for part in planned.parts:
@@ -73,17 +79,11 @@ class Terminal:
         self._write(f"  {_size(planned.needs_bytes)}  together{' on the card' if setup.gpus else ''}\n")
         if warning := planner.cache_warning(setup.shape.architecture, setup.cache_mode):
             self._write(f"{warning}\n")
-        for name, card in _named(cards):
-            self._write(f"{name}: {planner.fit(planned, card).words}{self._better(setup, planned, card)}\n")
+        for name, where, verdict in verdicts:
+            most = 0 if verdict.fits else advice.largest_context(setup, where, found.tensors)
+            better = f" With a context of {most:,} it would fit." if most else ""
+            self._write(f"{name}: {verdict.words}{better}\n")
         return 0
-
-    @staticmethod
-    def _better(setup: Setup, planned: Plan, card: Card) -> str:
-        """The largest context that fits, where it is another than the one that was asked for."""
-        most = planner.largest_context(setup, card.free_bytes)
-        if planner.fit(planned, card).fits or not most:
-            return ""
-        return f" With a context of {most:,} it would fit."
 
     def _find(self, asked: Asked) -> Found:
         found = self._lookup.find(asked.what, asked.file, asked.projector)
@@ -96,19 +96,6 @@ class Terminal:
             changes["cache_mode"] = asked.cache
         return dataclasses.replace(found, setup=dataclasses.replace(found.setup, **changes))
 
-    def _variant(self, name: str, card_bytes: int) -> Variant:
-        """The best variant of a preset for this machine: on the card where it fits, else one for the processor."""
-        preset = self._presets.get(name)
-        for variant in preset.variants:
-            if not variant.repo:
-                continue
-            on_card = variant.engine in ("exllamav2", "exllamav3")
-            if on_card and (not card_bytes or variant.shape is None):
-                continue
-            if not on_card or planner.plan_variant(variant).needs_bytes <= card_bytes:
-                return variant
-        raise ModelNotDownloaded(f"No variant of the preset {name} can be downloaded for this machine.")
-
 
 def _words(setup: Setup) -> str:
     shape = setup.shape
@@ -119,19 +106,24 @@ def _words(setup: Setup) -> str:
     )
 
 
-def _named(cards: list[Card]) -> list[tuple[str, Card]]:
-    if cards:
-        return [(f"Card {n}" if len(cards) > 1 else "This card", card) for n, card in enumerate(cards)]
-    return [(f"{size} GB", Card(size << 30)) for size in SIZES_GB]  # a card sold with 24 GB has 24 GiB
+def _named(setup: Setup, place: Place) -> list[tuple[str, Place]]:
+    """What a setup is judged for: this computer's memory, its cards, or cards that people have."""
+    if not setup.gpus:
+        return [("This machine", place)]
+    if not place.cards:  # a card sold with 24 GB has 24 GiB
+        return [(f"{size} GB", dataclasses.replace(place, cards=(Card(size << 30),))) for size in SIZES_GB]
+    if len(place.cards) == 1:
+        return [("This card", place)]
+    each = [(f"Card {n}", dataclasses.replace(place, cards=(card,))) for n, card in enumerate(place.cards)]
+    return [*each, ("All cards", place)]
 
 
 def _size(count: int) -> str:
     return f"{count / 1e9:7.2f} GB" if count >= 10**8 else f"{count / 1e6:7.2f} MB"
 
 
-def _figures(title: str, planned: Plan, cards: list[Card]) -> dict[str, Any]:
+def _figures(title: str, planned: Plan) -> dict[str, Any]:
     return {
         "title": title, "needs_bytes": planned.needs_bytes, "host_bytes": planned.host_bytes,
         "file_bytes": planned.file_bytes, "parts": [dataclasses.asdict(part) for part in planned.parts],
-        "verdicts": {name: planner.fit(planned, card).kind for name, card in _named(cards)},
     }  # fmt: skip

@@ -120,6 +120,15 @@ class Contract:
         assert (heard.end.reason, heard.end.counts.completion) == ("length", 3)
         assert ask(process, subject.asks).text.startswith(heard.text)
 
+    def test_an_answer_of_full_length_goes_on_where_the_model_would_end(
+        self, process: EngineProcess, subject: Subject
+    ) -> None:
+        long = dataclasses.replace(GREEDY, max_tokens=60)
+        start = Start("r", (Message("user", subject.asks),), long, full_length=True)
+        end = [event for event in process.generate(start) if isinstance(event, Finished)].pop()
+        assert (end.reason, end.counts.completion) == ("length", 60)
+        assert ask(process, subject.asks, sampling=long).end.counts.completion <= 60
+
     def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(self, process: EngineProcess, subject: Subject) -> None:
         whole = ask(process, subject.asks).text
         stop = next(whole[i : i + 3] for i in range(2, len(whole)) if whole[i : i + 3].isascii())

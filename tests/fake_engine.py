@@ -64,6 +64,8 @@ class FakeEngine:
             return [f"w{i} " for i in range(int(match[1]))]
         if asked.startswith("echo"):
             return WORD.findall(asked)
+        if request.full_length:
+            return [f"w{i} " for i in range(request.sampling.max_tokens + 1)]
         return WORD.findall(self.plan.get("text", "Hello from the fake engine."))
 
     def _answer(self, request: Start, emit: Emit) -> None:

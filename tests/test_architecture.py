@@ -27,8 +27,8 @@ MAX_FUNCTION_LINES, MAX_ARGUMENTS = 70, 7
 ORDER = (
     "messages", "errors", "settings", "presets", "library", "hub", "downloads", "hardware", "planner", "lookup",
     "advice", "shelf", "doctor", "terminal",
-    "images", "process", "environments", "loader", "chats", "prompt", "render", "assets", "assistant", "gate", "live",
-    "ui", "app",
+    "images", "process", "environments", "here", "loader", "chats", "prompt", "render", "assets",
+    "assistant", "measured", "bench", "gate", "live", "ui", "app",
 )  # fmt: skip
 # The engines live in another process, and know only the words they share with it.
 ENGINES_KNOW = ("messages", "errors", "engines")

@@ -276,3 +276,75 @@ def test_a_child_that_refused_a_model_takes_the_next_one(make_loader, plan):
         pass
     with loader.lease(good, needs_bytes=100) as engine:
         assert engine.pid != first
+
+
+def test_a_fresh_lease_loads_what_is_in_memory_once_more(make_loader, plan):
+    loader = make_loader()
+    for engine, fresh, same_child in (("fake", "child", False), ("keeps", "again", True), ("keeps", "child", False)):
+        spec, told = plan(f"{engine}-{fresh}", engine, bytes=100, load_s=0.1), []
+        with loader.lease(spec, needs_bytes=100) as process:
+            first = process.pid
+        with loader.lease(spec, needs_bytes=100, report=told.append, fresh=fresh) as process:
+            assert (process.pid == first) is same_child and say(process) == 3
+            assert process.up_s > 0.1
+        assert next(e.stage for e in told if isinstance(e, Loading)) == "unloading"
+        assert held(loader).count(f"{engine}-{fresh}") == 1
+
+
+def test_a_fresh_load_waits_for_running_answers_and_keeps_its_neighbours(make_loader, plan):
+    loader, order = make_loader(budget=250), []
+    a, b = plan("a", bytes=100, tokens_per_second=60), plan("b", bytes=100)
+    with loader.lease(b, needs_bytes=100) as engine:
+        neighbour = engine.pid
+
+    def long():
+        with loader.lease(a, needs_bytes=100) as engine:
+            say(engine, 30)
+            order.append("answer ended")
+
+    thread = in_thread(long)
+    eventually(lambda: any(m.spec == a and m.leases for m in loader.snapshot().models))
+    with loader.lease(a, needs_bytes=100, fresh="child"):
+        order.append("loaded anew")
+    thread.join(5)
+    assert order == ["answer ended", "loaded anew"]
+    with loader.lease(b, needs_bytes=100) as engine:
+        assert engine.pid == neighbour
+
+
+def test_a_fresh_load_that_fails_is_not_tried_twice_and_the_next_lease_loads(make_loader, plan):
+    loader, spec, told = make_loader(), plan("a", bytes=100), []
+    with loader.lease(spec, needs_bytes=100):
+        pass
+    plan("a", bytes=100, fault="load_error")
+    with (
+        pytest.raises(LoadError, match="weights are broken"),
+        loader.lease(spec, needs_bytes=100, report=told.append, fresh="child"),
+    ):
+        raise AssertionError("no lease on a broken model")
+    assert held(loader) == [] and "restoring" not in [e.stage for e in told if isinstance(e, Loading)]
+    plan("a", bytes=100)
+    with loader.lease(spec, needs_bytes=100) as engine:
+        assert say(engine) == 3
+
+
+def test_a_cancelled_fresh_load_lets_the_model_alone_that_waits(make_loader, plan):
+    loader, spec, cancelled = make_loader(), plan("a", bytes=100, tokens_per_second=40), threading.Event()
+    with loader.lease(spec, needs_bytes=100) as engine:
+        caught = []
+
+        def ask():
+            try:
+                with loader.lease(spec, needs_bytes=100, fresh="child", cancelled=cancelled):
+                    caught.append("loaded")
+            except LeaseCancelled:
+                caught.append("cancelled")
+
+        thread = in_thread(ask)
+        eventually(lambda: loader.snapshot().waiting == 1)
+        cancelled.set()
+        loader.wake()
+        thread.join(5)
+        assert caught == ["cancelled"] and say(engine) == 3
+    with loader.lease(spec, needs_bytes=100) as again:
+        assert again.pid == engine.pid

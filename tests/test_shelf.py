@@ -116,7 +116,7 @@ def fingerprint(path: Path) -> dict[str, str]:
 
 
 def timers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer) and not thread.finished.is_set()]
 
 
 # What lies there -------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.downloads import model
+from modules.advice import INSTALLABLE, READY, Place
 from modules.downloads import Downloads, Options
 from modules.errors import ModelFilesDamaged, ModelNotDownloaded, PresetNotFound
 from modules.library import Library
@@ -43,6 +44,9 @@ title = "For a processor"
 engine = "llamacpp"
 repo = "maker/other"
 file = "other.gguf"
+bpw = 8.5
+size_bytes = 2000000
+shape = { layers = 2, hidden = 256, heads = 4, kv_heads = 2, head_dim = 64, intermediate = 512, vocab = 512 }
 """
 
 
@@ -69,8 +73,13 @@ def terminal(hub, tmp_path):
     downloads.close()
 
 
+def place(*gb: int) -> Place:
+    engines = {"llamacpp": READY, "exllamav2": READY, "exllamav3": INSTALLABLE}
+    return Place(tuple(Card(size << 30) for size in gb), 16 << 30, engines)
+
+
 def test_a_preset_is_downloaded_in_the_variant_that_fits_the_card(terminal, tmp_path: Path) -> None:
-    assert terminal.download(Asked("mine"), False, card_bytes=8 << 30) == 0
+    assert terminal.download(Asked("mine"), False, place(8)) == 0
     assert "For a card" in terminal.said()
     assert (tmp_path / "models" / "model-exl2-4_25" / "config.json").is_file()
     assert terminal.models() == 0
@@ -78,13 +87,13 @@ def test_a_preset_is_downloaded_in_the_variant_that_fits_the_card(terminal, tmp_
 
 
 def test_without_a_card_the_variant_for_the_processor_is_taken(terminal) -> None:
-    assert terminal.download(Asked("mine"), False) == 1  # it is not on this hub
+    assert terminal.download(Asked("mine"), False, place()) == 1  # it is not on this hub
     assert "For a processor" in terminal.said()
     assert "maker/other" in terminal.said()
 
 
 def test_a_repository_is_planned_by_its_metadata_alone(terminal, hub) -> None:
-    assert terminal.plan(Asked("maker/model-exl2@4_25", context=4096, cache="Q8"), [Card(12 << 30)]) == 0
+    assert terminal.plan(Asked("maker/model-exl2@4_25", context=4096, cache="Q8"), place(12)) == 0
     said = terminal.said()
     assert "32 layers of 4096, EXL2 at 5.00 bpw, cache mode Q8, context size 4,096" in said
     assert "This card: Fits" in said
@@ -92,7 +101,7 @@ def test_a_repository_is_planned_by_its_metadata_alone(terminal, hub) -> None:
 
 
 def test_plans_as_json_for_programs(terminal) -> None:
-    assert terminal.plan(Asked("mine", as_json=True), []) == 0
+    assert terminal.plan(Asked("mine", as_json=True), place()) == 0
     figures = json.loads(terminal.said())
     assert figures["title"] == "For a card"
     assert figures["verdicts"]["24 GB"] == "fits"
@@ -100,26 +109,26 @@ def test_plans_as_json_for_programs(terminal) -> None:
 
 
 def test_two_cards_are_judged_one_by_one_and_a_context_that_fits_is_named(terminal) -> None:
-    terminal.plan(Asked("maker/model-exl2@4_25", context=8192), [Card(24 << 30), Card(2 << 30)])
+    terminal.plan(Asked("maker/model-exl2@4_25", context=8192), place(24, 2))
     said = terminal.said()
     assert "Card 0: Fits" in said
     assert "Card 1: " in said
 
 
 def test_files_are_planned_by_their_headers(terminal, tmp_path: Path) -> None:
-    assert terminal.plan(Asked(str(DEMO / "coding-q8_0.gguf")), []) == 0
+    assert terminal.plan(Asked(str(DEMO / "coding-q8_0.gguf")), place()) == 0
     assert "4 layers of 128, GGUF" in terminal.said()
     with pytest.raises(ModelNotDownloaded, match=r"config\.json"):
-        terminal.plan(Asked(str(tmp_path)), [])
+        terminal.plan(Asked(str(tmp_path)), place())
 
 
 def test_names_that_mean_nothing_are_errors_that_help(terminal) -> None:
     with pytest.raises(PresetNotFound) as caught:
-        terminal.plan(Asked("main"), [])
+        terminal.plan(Asked("main"), place())
     assert "mine" in str(caught.value)
     assert "OWNER/NAME@REVISION" in caught.value.hint
     with pytest.raises(ModelFilesDamaged, match="does not say in its header"):
-        terminal.plan(Asked("maker/gguf", file="x.gguf"), [])
+        terminal.plan(Asked("maker/gguf", file="x.gguf"), place())
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,11 @@ class ExLlamaEngine:
             raise self._explain_answer(error) from None
         self._answers[request.id] = answer
 
+    def _stop_conditions(self, request: Start) -> list[int | str]:
+        """Tokens and texts that end an answer; none where its length is given."""
+        assert self._checkpoint is not None
+        return [] if request.full_length else [*self._checkpoint.stop_ids, *request.sampling.stop]
+
     def _render(self, request: Start) -> tuple[Rendered, list[Any]]:
         assert self._checkpoint is not None and self._template is not None
         pictures: list[Any] = []

@@ -318,7 +318,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         return ExLlamaV2DynamicJob(
             input_ids=ids, max_new_tokens=max_new_tokens + self._extra_tokens(), identifier=request.id,
             gen_settings=neutral(request.sampling), seed=request.sampling.seed,
-            stop_conditions=[*self._checkpoint.stop_ids, *request.sampling.stop], decode_special_tokens=False,
+            stop_conditions=self._stop_conditions(request), decode_special_tokens=False,
             filters=filters, embeddings=pictures,
         )  # fmt: skip
 

@@ -225,7 +225,7 @@ class ExLlamaV3Engine(ExLlamaEngine):
         assert self._checkpoint is not None
         return Job(
             input_ids=ids, max_new_tokens=max_new_tokens, identifier=request.id, sampler=sampler(request.sampling),
-            seed=request.sampling.seed, stop_conditions=[*self._checkpoint.stop_ids, *request.sampling.stop],
+            seed=request.sampling.seed, stop_conditions=self._stop_conditions(request),
             decode_special_tokens=False, filters=[self._filter(request.constraint)] if request.constraint else None,
             embeddings=pictures,
         )  # fmt: skip

@@ -220,6 +220,8 @@ class _Answer:
         }  # fmt: skip
         if s.seed is not None:
             body["seed"] = s.seed
+        if self._request.full_length:
+            body["ignore_eos"] = True
         if s.stop:
             body["stop"] = list(s.stop)
         constraint = self._request.constraint

@@ -96,6 +96,8 @@ def _system_page() -> None:
     """Empty here: live.py sends what belongs into it."""
     with gr.Column(elem_classes="page"):
         gr.HTML('<div id="system-page" class="models" aria-live="off"></div>', padding=False)
+        gr.HTML('<div id="bench-page" class="models" aria-live="off"></div>', padding=False)
+        gr.HTML('<div id="measured-page" class="models" aria-live="off"></div>', padding=False)
 
 
 def _models_page(assistant: Assistant) -> None:

@@ -124,7 +124,7 @@ def _machine_words(place: Place, name: str) -> str:
     cards = " and ".join(f"{gb(c.free_bytes)} of {gb(c.total_bytes)}" for c in place.cards)
     own = ", after the loaded models are unloaded" if any(c.released_bytes for c in place.cards) else ""
     who = "This machine" if name == HERE else name
-    return f"{who}: {cards} of VRAM free{own}, {ram}."
+    return f"{who}: {cards} of VRAM free{own}, {ram}. GB are 10⁹ bytes here, so that a card of 24 GB has 25.8."
 
 
 def _broken(preset: BrokenPreset) -> str:
@@ -186,11 +186,12 @@ def _row(preset: Preset, order: int, judged: Judged, state: VariantState, place:
         marks.append(f'<span class="badge">{"bundled" if v.bundled else "on disk"}</span>')
     if state.state == "damaged":
         marks.append(f'<span class="badge no" title="{html.escape(state.why)}">damaged</span>')
-    missing = "" if judged.engine == advice.READY else ", not installed" if judged.engine == advice.INSTALLABLE else f": {judged.engine}"
-    small = " · ".join(filter(None, [f"{engine}{missing}", v.licence]))
+    states = {advice.READY: "", advice.INSTALLABLE: ", not installed"}
+    small = " · ".join(filter(None, [engine + states.get(judged.engine, ", not usable here"), v.licence]))
+    reason = "" if judged.engine in states else f' title="{html.escape(judged.engine)}"'
     drawn = f"{gb(needs)}{bar(planned, place, verdict)}" if planned and verdict else gb(needs) if needs else "–"
     cells = (
-        f'<b>{html.escape(v.title)}</b> {" ".join(marks)}<small>{html.escape(small)}</small>'
+        f'<b>{html.escape(v.title)}</b> {" ".join(marks)}<small{reason}>{html.escape(small)}</small>'
         + (f'<small class="why">{html.escape(state.why)}</small>' if state.state == "damaged" else ""),
         html.escape(preset.title),
         _bits(judged), v.cache_mode, f"{v.context:,}",

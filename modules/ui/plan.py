@@ -218,7 +218,7 @@ def _advice(found: Found, planned: Plan, place: Place, tensors: Any) -> list[str
         if bits and abs(min(bits, planner.EXL2_MOST_BITS) - setup.quantization.bpw) > 0.06:
             said.append(f'Most bits per weight that fit: {bits:g}. <button type="button" data-use="bits" data-value="{bits:g}">Use</button>')
     if speed := advice.speed(planned, place):
-        source = f"{place.bandwidth_gb_s:.0f} GB/s of VRAM" if setup.gpus else f"{advice.MEMORY_GB_S:.0f} GB/s of RAM, a guess"
+        source = f"{place.bandwidth_gb_s(setup):.0f} GB/s of {'VRAM' if setup.gpus else 'RAM, a guess'}"
         said.append(f"About {speed:.0f} tokens per second, an estimate from {source}.")
     if setup.gpus:
         copy = planner.pinned_bytes([planned])

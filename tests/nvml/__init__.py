@@ -22,11 +22,11 @@ RTX_4090 = {
     "name": "NVIDIA GeForce RTX 4090", "uuid": "GPU-4090", "capability": "8.9", "total": 24564, "used": 1,
     "reserved": 400, "power": 21.5, "limit": 450, "default": 450, "least": 150, "temperature": 41, "load": 0,
     "graphics": 210, "memory": 405, "graphics_max": 3105, "memory_max": 10501, "gen": 1, "width": 16, "gen_max": 4,
-    "width_max": 16, "card_gen": 4, "mig": 0, "reasons": 1,
+    "width_max": 16, "card_gen": 4, "mig": 0, "reasons": 1, "bus": 384,
 }  # fmt: skip
 RTX_3060 = RTX_4090 | {
     "name": "NVIDIA GeForce RTX 3060", "uuid": "GPU-3060", "capability": "8.6", "total": 12288, "reserved": 200,
-    "power": 12, "limit": 170, "default": 170, "least": 100, "temperature": 38,
+    "power": 12, "limit": 170, "default": 170, "least": 100, "temperature": 38, "bus": 192, "memory_max": 7501,
 }  # fmt: skip
 
 

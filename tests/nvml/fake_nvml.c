@@ -242,6 +242,12 @@ int nvmlDeviceGetMaxClockInfo(device d, unsigned type, unsigned *mhz)
     return clock_of(d->index, type, "_max", mhz);
 }
 
+int nvmlDeviceGetMemoryBusWidth(device d, unsigned *bits)
+{
+    ENTER(d->index);
+    return number(d->index, "bus", 1, bits);
+}
+
 static int reasons_of(int card, unsigned long long *reasons)
 {
     unsigned value;

@@ -5,7 +5,7 @@
   const shown = load('shown'); // preset -> conversation id
   const busy = {}; // conversation id -> true while it is being answered
   const trays = {}; // preset -> pictures to send [{id, url}]
-  const panels = { system: ['system'], models: ['downloads', 'models', 'shelf'] }; // tab -> the parts of it that the server draws
+  const panels = { system: ['system', 'bench', 'measured'], models: ['downloads', 'models', 'shelf'] }; // tab -> the parts of it that the server draws
   let socket = null, current = '', tries = 0, ref = 0;
   const pending = {}; // ref -> what to give back to the person if it could not be sent
   const $ = (selector, root) => (root || document).querySelector(selector);
