@@ -9,21 +9,48 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from modules import advice, planner
 from modules.advice import Place
 from modules.downloads import Downloads, print_models, print_plan, run_download
+from modules.environments import Environments, cards_of
 from modules.errors import ModelNotDownloaded
+from modules.hardware import Hardware
+from modules.here import Here
 from modules.hub import Ref
 from modules.library import Library
 from modules.lookup import Found, Lookup
 from modules.planner import Card, Plan, Setup
 from modules.presets import Presets
+from modules.settings import Settings
 
 Write = Callable[[str], None]
+PATIENCE_S = 20.0  # for a driver; one of many cards that nobody used for a while needs that long
 SIZES_GB = (8, 12, 16, 24, 32, 48)  # cards that people have, for a machine without one
+
+
+def run(settings: Settings) -> int:
+    """`download`, `models` and `plan`: what the pages do with models, in the terminal."""
+    library = Library(settings.models_dir, settings.bundled_dir)
+    downloads = Downloads(library)
+    terminal = Terminal(Presets(settings.preset_dirs), library, downloads, lambda text: print(text, end="", flush=True))
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    asked = Asked(settings.what, settings.file, settings.projector, settings.context, settings.cache, settings.as_json)
+    try:
+        if settings.command == "models":
+            return terminal.models()
+        place = Here(hardware, Environments(cards=cards_of(hardware))).place()
+        if settings.vram_budget_bytes:
+            place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
+        if settings.command == "download":
+            return terminal.download(asked, sys.stdout.isatty(), place)
+        return terminal.plan(asked, place)
+    finally:
+        downloads.close()
+        hardware.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,9 @@ MAX_FUNCTION_LINES, MAX_ARGUMENTS = 70, 7
 # A file imports only what stands before it. ui is a folder, whose files may import each other.
 ORDER = (
     "messages", "errors", "settings", "presets", "library", "hub", "downloads", "hardware", "planner", "lookup",
-    "advice", "shelf", "doctor", "terminal",
-    "images", "process", "environments", "here", "loader", "chats", "prompt", "render", "assets",
-    "assistant", "measured", "bench", "gate", "live", "ui", "app",
+    "advice", "shelf", "doctor",
+    "images", "process", "environments", "here", "terminal", "loader", "chats", "prompt", "render", "assets",
+    "assistant", "measured", "bench", "building", "gate", "live", "ui", "commands", "server", "app",
 )  # fmt: skip
 # The engines live in another process, and know only the words they share with it.
 ENGINES_KNOW = ("messages", "errors", "engines")

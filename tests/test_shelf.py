@@ -116,7 +116,9 @@ def fingerprint(path: Path) -> dict[str, str]:
 
 
 def timers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer) and not thread.finished.is_set()]
+    """Those that still wait: a cancelled one takes a moment to end."""
+    found = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    return [timer for timer in found if not timer.finished.is_set()]
 
 
 # What lies there -------------------------------------------------------------------------------
