@@ -42,6 +42,7 @@ from modules.messages import (
     Start,
     Timings,
 )  # fmt: skip
+from modules.planner import Card
 from modules.presets import EXL_ENGINES, Options, Preset, Presets, Variant
 from modules.process import EngineKind, EngineProcess
 
@@ -130,6 +131,7 @@ class Assistant:
         self._claimed: set[str] = set()  # conversations whose answer is about to begin
         self._located: dict[Variant, tuple[float, Located]] = {}
         self._labels: dict[EngineSpec, str] = {}
+        self.cards: tuple[Card, ...] = ()  # what models may take of each card that engines see, the largest first
         self.on_job: Callable[[Job], None] = lambda job: None
         self.on_chats: Callable[[], None] = lambda: None
 
@@ -254,7 +256,7 @@ class Assistant:
             job.put(event)
             self.on_job(job)
 
-        needs = needs_bytes(variant, located.size_bytes)
+        needs = self._needs(variant, located.size_bytes)
         with self._loader.lease(spec, needs_bytes=needs, report=report, cancelled=job.cancelled) as engine:
             start = self._start(job, variant, engine)
             job.engine = engine
@@ -321,7 +323,7 @@ class Assistant:
             except ModelNotDownloaded as error:
                 reasons.append(error)
                 continue
-            fits = needs_bytes(variant, located.size_bytes) <= self._loader.budget_bytes(variant.engine)
+            fits = self._needs(variant, located.size_bytes) <= self._loader.budget_bytes(variant.engine)
             if fits or variant is preset.variants[-1]:
                 return variant, located
         raise reasons[-1] if reasons else ModelNotDownloaded(f"The preset {preset.name} has no variants.")
@@ -335,7 +337,7 @@ class Assistant:
         return [self._state(variant, variant is chosen) for variant in preset.variants]
 
     def _state(self, variant: Variant, chosen: bool) -> VariantState:
-        needs = needs_bytes(variant, variant.size_bytes)
+        needs = self._needs(variant, variant.size_bytes)
         command = self.library.download_command(variant)
         try:
             located = self._locate(variant)
@@ -347,7 +349,7 @@ class Assistant:
         if variant.engine not in self.kinds:
             why = f"{variant.engine} is not installed"
             return VariantState(variant, "engine_missing", why, command, needs, here=True)
-        needs = needs_bytes(variant, located.size_bytes)
+        needs = self._needs(variant, located.size_bytes)
         if needs > self._loader.budget_bytes(variant.engine):
             why = f"needs {needs / 1e9:.1f} GB"
             return VariantState(variant, "does_not_fit", why, command, needs, chosen, here=True)
@@ -369,7 +371,7 @@ class Assistant:
         located = self._locate(variant)
         spec = self._spec(variant, located)
         self._labels[spec] = f"{preset.title} · {variant.title}"
-        needs = needs_bytes(variant, located.size_bytes)
+        needs = self._needs(variant, located.size_bytes)
         lease = self._loader.lease(spec, needs_bytes=needs, report=report, cancelled=cancelled, fresh=fresh)
         with lease as engine:
             yield engine
@@ -386,9 +388,10 @@ class Assistant:
         """Process ids of the engines' children."""
         return self._loader.pids()
 
-    def set_vram_budget(self, size_bytes: int) -> None:
-        """Memory of the cards for models, where it became known after the start."""
-        self._loader.set_vram_budget(size_bytes)
+    def set_cards(self, cards: Sequence[Card], budget_bytes: int) -> None:
+        """The cards, and the memory for models on the largest; they may become known after the start only."""
+        self.cards = tuple(cards)
+        self._loader.set_vram_budget(budget_bytes)
 
     def loader_view(self) -> LoaderView:
         """What is in memory, for display."""
@@ -406,11 +409,33 @@ class Assistant:
     def _spec(self, variant: Variant, located: Located) -> EngineSpec:
         vision = bool(variant.bundled and located.projector)
         options = (("image_tokens", str(DEMO_IMAGE_TOKENS)),) if vision else engine_options(variant.options)
+        if split := self._placed(variant)[0]:
+            options = tuple(sorted((*options, ("gpu_split", split))))
         return EngineSpec(
             engine=variant.engine, model=str(located.model), projector=str(located.projector or ""),
             context=variant.context, cache_mode=variant.cache_mode, parallel=variant.parallel,
             threads=variant.threads or self._threads or (1 if variant.bundled else 0), options=options,
         )  # fmt: skip
+
+    def _placed(self, variant: Variant) -> tuple[str, int]:
+        """planner.place_variant; where the preset says itself how the model is to be spread, only the bytes."""
+        options = variant.options or Options()
+        if variant.engine not in EXL_ENGINES or variant.shape is None or len(self.cards) < 2:
+            return "", 0
+        if not options.gpu_split and not options.tensor_parallel:
+            return planner.place_variant(variant, self.cards)
+        needs = planner.plan_variant(variant).gpu_bytes
+        if needs > sum(card.free_bytes for card in self.cards):
+            return "", needs
+        if options.gpu_split in ("", "auto"):  # the first card is filled before the next one
+            share = needs // len(self.cards) if options.tensor_parallel else min(needs, self.cards[0].free_bytes)
+            return "", share
+        parts = [float(part) for part in options.gpu_split.split(",")]
+        return "", round(needs * max(parts) / sum(parts))
+
+    def _needs(self, variant: Variant, size_bytes: int) -> int:
+        """needs_bytes of the card that is filled most."""
+        return self._placed(variant)[1] or needs_bytes(variant, size_bytes)
 
     # Conversations ----------------------------------------------------------------
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from modules import doctor, planner
 from modules.assistant import Assistant
 from modules.chats import Chats
 from modules.environments import NAMES, Environments
 from modules.errors import SettingsError
-from modules.hardware import Hardware
+from modules.hardware import Card as SeenCard
+from modules.hardware import Hardware, Machine
 from modules.images import Images
 from modules.library import Library
 from modules.loader import Loader
@@ -26,25 +29,60 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardw
     """The objects without any network."""
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
-    kinds |= engines_for_cards(settings)
+    machine = hardware.snapshot()
+    kinds |= engines_for_cards(settings, machine)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
-    vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
+    cards, vram = cards_for_models(settings, machine)
     loader = Loader(
         kinds, settings.memory_budget_bytes, vram_budget_bytes=vram, limits=limits, on_change=on_change
     )
     presets = Presets(settings.preset_dirs, [name for name, _ in settings.extra_engines])
     library = Library(settings.models_dir, settings.bundled_dir)
     images = Images(settings.data_dir / "images")
-    return Assistant(presets, library, loader, chats, images, kinds, settings.threads)
+    assistant = Assistant(presets, library, loader, chats, images, kinds, settings.threads)
+    assistant.set_cards(cards, vram)
+    return assistant
 
 
-def engines_for_cards(settings: Settings) -> dict[str, EngineKind]:
+def engines_for_cards(settings: Settings, machine: Machine) -> dict[str, EngineKind]:
     """The kinds of the ExLlama engines whose environments are installed."""
     environments = Environments()
     usable = [found.name for found in map(environments.get, NAMES) if found.usable]
-    pinned = ("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes))
+    more = (("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes)), *_order_of_cards(machine))
     kinds = {name: environments.kind(name) for name in usable}
-    return {name: dataclasses.replace(k, environment=(*k.environment, pinned)) for name, k in kinds.items()}
+    return {name: dataclasses.replace(k, environment=(*k.environment, *more)) for name, k in kinds.items()}
+
+
+def visible_cards(machine: Machine) -> list[SeenCard]:
+    """The cards that engines see, in their order: as CUDA_VISIBLE_DEVICES has it, else the largest first.
+
+    A model goes to the first one. Of several, those that the engines do not run on are left out.
+    """
+    cards = list(machine.working_cards)
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        by_name = {str(card.index): card for card in cards} | {card.uuid: card for card in cards}
+        return [by_name[name.strip()] for name in said.split(",") if name.strip() in by_name]
+    least = min(doctor.ENGINE_CARDS.values())
+    able = [card for card in cards if (card.capability or least) >= least]
+    return sorted(able or cards, key=lambda card: -(card.total_bytes or 0))
+
+
+def _order_of_cards(machine: Machine) -> tuple[tuple[str, str], ...]:
+    """Variables that make a child see the cards in that order: CUDA's own puts the fastest first, not the largest."""
+    order = ("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    uuids = [card.uuid for card in visible_cards(machine)]
+    if len(machine.working_cards) < 2 or "CUDA_VISIBLE_DEVICES" in os.environ or not all(uuids):
+        return (order,)
+    return (order, ("CUDA_VISIBLE_DEVICES", ",".join(uuids)))
+
+
+def cards_for_models(settings: Settings, machine: Machine) -> tuple[list[planner.Card], int]:
+    """What models may take of each card that engines see, and of the first one."""
+    most = settings.vram_budget_bytes
+    free = [max(0, (card.total_bytes or 0) - planner.GIB) for card in visible_cards(machine)]
+    cards = [planner.Card(min(size, most) if most else size) for size in free]
+    return cards, most or (cards[0].total_bytes if cards else 0)
 
 
 def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:

@@ -246,11 +246,6 @@ class Machine:
     def working_cards(self) -> tuple[Card, ...]:
         return tuple(card for card in self.cards if card.works)
 
-    @property
-    def card_budget_bytes(self) -> int:
-        """What models may take of all cards that answer: 1 GiB less each, for the driver and the desktop."""
-        return sum(max(0, (card.total_bytes or 0) - GIB) for card in self.working_cards)
-
 
 @dataclass(frozen=True)
 class CardSample:

@@ -865,6 +865,24 @@ def split(setup: Setup, cards: Sequence[Card], tensors: TensorBytes | None = Non
     return Split(shares, min(verdicts, key=lambda verdict: verdict.spare_bytes))
 
 
+def place_variant(variant: Variant, cards: Sequence[Card]) -> tuple[str, int]:
+    """How a variant is laid over cards whose first is the largest: the option gpu_split, and the bytes it takes there.
+
+    The option is empty where the first card is enough, or all together are not; the bytes
+    are those of its fullest card. The cards are taken as they are handed in, so hand in
+    what does not change while they are used: the same variant has to load in the same way.
+    """
+    setup = setup_of(variant)
+    tensors, _ = variant_tensors(variant, setup)
+    needs = plan(setup, tensors).gpu_bytes
+    if len(cards) < 2 or needs <= cards[0].free_bytes:
+        return "", needs
+    spread = split(setup, cards, tensors)
+    if not spread.verdict.fits:
+        return "", needs
+    return spread.gpu_split, max(share.bytes for share in spread.shares)
+
+
 def _divide(layers: int, rooms: Sequence[int], per_layer: float) -> list[int]:
     """Whole layers in proportion to the room; what is left over goes where most room remains."""
     whole = sum(rooms) or 1

@@ -19,7 +19,7 @@ from typing import Any
 
 from modules.assistant import Assistant
 from modules.bench import BenchJobs
-from modules.building import MEASURED, build, engines_for_cards, lock_data, tell_bus_speeds
+from modules.building import MEASURED, build, cards_for_models, engines_for_cards, lock_data, tell_bus_speeds
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
 from modules.environments import EngineJobs, Environment, Environments, cards_of
@@ -149,8 +149,10 @@ def wait_for_cards(
         while not ended.wait(CARDS_AGAIN_S):
             machine = hardware.snapshot()
             if not is_silent(machine):
-                assistant.set_vram_budget(settings.vram_budget_bytes or machine.card_budget_bytes)
-                log.info("the NVIDIA driver answers now: %d MB for models", machine.card_budget_bytes >> 20)
+                cards, budget = cards_for_models(settings, machine)
+                assistant.kinds.update(engines_for_cards(settings, machine))
+                assistant.set_cards(cards, budget)
+                log.info("the NVIDIA driver answers now: %d MB for models", budget >> 20)
                 found()
                 return
 
@@ -173,7 +175,7 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings, ha
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
     tell_bus_speeds(Environments(), hardware)
-    usable = engines_for_cards(settings)
+    usable = engines_for_cards(settings, hardware.snapshot())
     if found.name in usable:
         assistant.kinds[found.name] = usable[found.name]
     else:

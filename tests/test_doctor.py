@@ -75,12 +75,6 @@ def test_a_good_machine_has_nothing_to_do() -> None:
     assert format_report(GOOD, examination).endswith("Nothing to do.\n")
 
 
-def test_the_budget_counts_the_cards_that_answer() -> None:
-    gone = replace(CARD, index=1).without_values("lost", "Gone.")
-    bare = replace(CARD, index=2, total_bytes=None)
-    assert replace(GOOD, cards=(CARD, gone, bare)).card_budget_bytes == (24564 << 20) - GIB
-
-
 def test_findings_stand_in_order() -> None:
     machine = replace(with_card(total_bytes=12 * GIB), memory=Memory(8 * GIB, 6 * GIB))
     examination = examine(machine)
