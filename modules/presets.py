@@ -557,6 +557,11 @@ class Presets:
         self._read: dict[Path, tuple[tuple[int, ...], Preset | BrokenPreset]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def own_folder(self) -> Path:
+        """Where a person's own files lie."""
+        return self._folders[-1]
+
     def list(self) -> builtins.list[Preset]:
         """The usable presets, by order, then name."""
         found = [entry for entry in self._scan().values() if isinstance(entry, Preset)]

@@ -17,6 +17,7 @@ from modules.downloads import Downloads, Options
 from modules.errors import InvalidRequest, ModelFilesError, PresetNotFound, SourceNotFound
 from modules.hardware import Card as SeenCard
 from modules.hardware import Clocks, Cpu, Disk, Driver, Machine, Memory, System
+from modules.hub import Ref
 from modules.images import Images
 from modules.library import Library
 from modules.lookup import Lookup
@@ -274,6 +275,32 @@ def test_a_gguf_repository_offers_its_files_and_its_projector(page) -> None:
     plan = page.planning.plan({"of": found["of"], "place": "here"})
     assert "llama.cpp" in plan["about"] and 'class="verdict fits"' in plan["html"]
     assert "--file small-Q8_0.gguf --projector mmproj-F16.gguf" in plan["html"]
+
+
+@pytest.mark.parametrize(
+    ("said", "task", "engine"),
+    [
+        ({"repo": "maker/model-exl2@4_25"}, "assistant", "exllamav2"),
+        ({"repo": "maker/small-GGUF", "file": "small-Q8_0.gguf"}, "assistant", "llamacpp"),
+        ({"repo": "maker/small-GGUF", "file": "small-Q8_0.gguf", "projector": "mmproj-F16.gguf"}, "vision", "llamacpp"),
+    ],
+)
+def test_a_repository_comes_with_a_preset_to_copy_that_is_valid(page, tmp_path, said, task, engine) -> None:
+    found = page.planning.look(said)["of"]
+    text = page.planning.plan({"of": found, "place": "here", "context": 2048, "cache": "Q8"})["html"]
+    name = re.search(r"Save this as <code>([^<]+)</code>", text)[1]
+    copied = html.unescape(re.search(r"<pre><code>(.*?)</code></pre>", text, re.DOTALL)[1])
+    Path(name).write_text(copied)
+    preset = page.assistant.presets.get(Path(name).stem)
+    (variant,) = preset.variants
+    assert (preset.task, variant.engine, variant.repo) == (task, engine, said["repo"].partition("@")[0])
+    assert (variant.context, variant.cache_mode, variant.file) == (2048, "Q8", said.get("file", ""))
+    # The downloaded files are found by it, and it is planned as the dialog did.
+    downloads = page.downloads
+    assert downloads.wait(downloads.start(Ref.of(variant)).id, 30).state == "done"
+    assert page.library.folder(variant).is_dir()
+    again = page.planning.plan({"of": f"{preset.name}/{variant.id}", "place": "here"})
+    assert again["title"] == variant.title
 
 
 @pytest.mark.parametrize("repo", ["maker/none", "nonsense", "../x", "maker/model-exl2@none", "<b>/x", ""])

@@ -8,10 +8,11 @@ of which only metadata is read.
 from __future__ import annotations
 
 import html
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from modules import advice, planner
@@ -21,7 +22,7 @@ from modules.errors import InvalidRequest
 from modules.hub import Ref
 from modules.lookup import Choices, Found, Lookup, found_of
 from modules.planner import Plan, Quantization, Setup, Verdict
-from modules.presets import CACHE_MODES, Variant
+from modules.presets import CACHE_MODES, Preset, Shape, Variant, dumps
 from modules.ui.bars import VERDICTS, bar, command, gb, legend, options
 from modules.ui.models import ENGINES
 
@@ -126,7 +127,28 @@ class Planning:
         own = found.setup
         if (setup.context, setup.cache_mode) != (own.context, own.cache_mode) or variant is None:
             lines.append(("In a preset", f'context = {setup.context}, cache_mode = "{setup.cache_mode}"'))
-        return command(*lines)
+        text = self._preset_text(found, ref, setup) if variant is None and ref is not None else ""
+        return command(*lines) + text
+
+    def _preset_text(self, found: Found, ref: Ref, setup: Setup) -> str:
+        """A preset for a repository that is in none, to copy; planned as it stands in the dialog."""
+        shape = Shape(**{each.name: getattr(setup.shape, each.name) for each in fields(Shape)})
+        name = re.sub(r"[^a-z0-9]+", "-", ref.repo.partition("/")[2].lower()).strip("-")[:40] or "mine"
+        bits = setup.quantization.scheme or f"{_bits_of(setup.quantization)} bpw"
+        variant = Variant(
+            "", f"{ref.repo.partition('/')[2][:60]}, {bits}", setup.engine, repo=ref.repo, revision=ref.revision, file=ref.file,
+            projector=ref.projector, bpw=round(setup.quantization.bpw, 2), cache_mode=setup.cache_mode, context=setup.context,
+            max_position_embeddings=setup.shape.max_positions,
+            size_bytes=found.download.size_bytes if found.download else 0, shape=shape,
+        )  # fmt: skip
+        sees = setup.vision and (setup.shape.vision is not None or bool(ref.projector))
+        preset = Preset(name, name[:30].capitalize(), "vision" if sees else "assistant", 50, variants=(variant,))
+        folder = html.escape(str(self._assistant.presets.own_folder / f"{name}.toml"))
+        return (
+            f"<details class='preset'><summary>A tab of its own</summary><p>Save this as <code>{folder}</code>. The tab is there "
+            f"at the next start.</p><div class='code'><pre><code>{html.escape(dumps(preset))}</code></pre>"
+            '<button type="button" class="copy" data-copy>Copy</button></div></details>'
+        )
 
 
 def _moved(setup: Setup, said: Mapping[str, Any]) -> Setup:
