@@ -64,7 +64,7 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardw
     """The objects without any network."""
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
-    kinds |= engines_for_cards(settings)
+    kinds |= engines_for_cards(settings, hardware)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
     vram = settings.vram_budget_bytes or hardware.snapshot().card_budget_bytes
     loader = Loader(
@@ -76,9 +76,9 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardw
     return Assistant(presets, library, loader, chats, images, kinds, settings.threads)
 
 
-def engines_for_cards(settings: Settings) -> dict[str, EngineKind]:
-    """The kinds of the ExLlama engines whose environments are installed."""
-    environments = Environments()
+def engines_for_cards(settings: Settings, hardware: Hardware) -> dict[str, EngineKind]:
+    """The kinds of the ExLlama engines whose environments are installed, with code for the cards that are here."""
+    environments = Environments(cards=cards_of(hardware))
     usable = [found.name for found in map(environments.get, NAMES) if found.usable]
     pinned = ("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes))
     kinds = {name: environments.kind(name) for name in usable}
@@ -195,13 +195,15 @@ def run_terminal(settings: Settings) -> int:
 
 def run_doctor(settings: Settings) -> int:
     """`doctor`: this machine beside what Turntable needs; exit code 1 where something does not work as it is."""
-    hardware, environments = Hardware(settings.models_dir, limit_s=PATIENCE_S), Environments()
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    environments = Environments(cards=cards_of(hardware))
     try:
         tell_bus_speeds(environments, hardware)
         machine = examined(settings, hardware)
+        engines = engine_states(environments.list())
     finally:
         hardware.close()
-    examination = doctor.examine(machine, engine_states(environments.list()), settings.pinned_memory_bytes)
+    examination = doctor.examine(machine, engines, settings.pinned_memory_bytes)
     if settings.as_json:
         print(json.dumps({**examination.to_dict(), "machine": dataclasses.asdict(machine)}, indent=1))
     else:
@@ -503,7 +505,7 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings, ha
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
     tell_bus_speeds(Environments(), hardware)
-    usable = engines_for_cards(settings)
+    usable = engines_for_cards(settings, hardware)
     if found.name in usable:
         assistant.kinds[found.name] = usable[found.name]
     else:
