@@ -26,7 +26,7 @@ def main() -> int:
     figures = importlib.import_module(f"benchmarks.{chosen.name}").measure()
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return 1 if figures.get("failed_steps") else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """ExLlamaV2 alone, for comparison: run by benchmarks/gpu.py with the engine's own interpreter.
 
-    python -m benchmarks.bare_exllamav2 FOLDER CONTEXT CACHE_MODE [--link]
+    python -m benchmarks.bare_exllamav2 FOLDER CONTEXT CACHE_MODE ROUNDS DECODE_TOKENS [--link]
 
 Prints one JSON object: stock load time, prompt and decode tokens per second with the
-settings that Turntable's adapter uses (scratch, chunk, attention), and with --link the
-host-to-device link in bytes per second.
+settings that Turntable's adapter uses (scratch, chunk, attention), the bytes of the
+weights that go to the card, and with --link the host-to-device link in bytes per second.
 """
 
 from __future__ import annotations
@@ -16,25 +16,32 @@ import time
 
 os.environ.setdefault("EXLLAMA_NO_XFORMERS", "1")
 
-PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 2048, 256, 3
+PROMPT_TOKENS = 2048
 
 
 def main(arguments: list[str]) -> int:
     """Load with the library's own loader, and time prompts and tokens with its own generator."""
     import torch
-    from exllamav2 import ExLlamaV2, ExLlamaV2Config, ExLlamaV2Tokenizer, attn
+    from exllamav2 import ExLlamaV2, ExLlamaV2Config, ExLlamaV2Tokenizer, ExLlamaV2VisionTower, attn
     from exllamav2.generator import ExLlamaV2DynamicGenerator, ExLlamaV2DynamicJob, ExLlamaV2Sampler
 
     from modules.engines.attention import correct
     from modules.engines.exllamav2 import CACHES, MAX_DQ_ELEMENTS, MAX_OUTPUT_TOKENS
-    from modules.engines.fastload import time_link
+    from modules.engines.fastload import lay_out, time_link
 
-    folder, context, mode = arguments[0], int(arguments[1]), arguments[2]
+    folder, mode = arguments[0], arguments[2]
+    context, rounds, decode_tokens = (int(arguments[place]) for place in (1, 3, 4))
     correct(attn.ExLlamaV2Attention)
     config = ExLlamaV2Config(folder)
     config.arch_compat_overrides(quiet=True)
     config.max_seq_len, config.max_input_len = context, 2048
     config.max_output_len, config.max_dq_size = MAX_OUTPUT_TOKENS, MAX_DQ_ELEMENTS
+    planned = [*([ExLlamaV2VisionTower(config)] if config.vision_model_type else []), ExLlamaV2(config)]
+    rest = [99999.0]
+    for one in planned:
+        rest = one.set_device_map(rest)
+    device_bytes = lay_out(planned).device_size
+    del planned
     model = ExLlamaV2(config)
     began = time.perf_counter()
     model.load()
@@ -47,10 +54,10 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     generator.warmup()
     prompts, decodes = [], []
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         ids = torch.randint(5, 250, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(number))
         job = ExLlamaV2DynamicJob(
-            input_ids=ids, max_new_tokens=DECODE_TOKENS, gen_settings=ExLlamaV2Sampler.Settings.greedy()
+            input_ids=ids, max_new_tokens=decode_tokens, gen_settings=ExLlamaV2Sampler.Settings.greedy()
         )
         generator.enqueue(job)
         last = {}
@@ -61,9 +68,9 @@ def main(arguments: list[str]) -> int:
             prompts.append(PROMPT_TOKENS / last["time_prefill"])
             decodes.append((last["new_tokens"] - 1) / last["time_generate"])
     figures = {
-        "stock_load_s": stock_load_s, "prompt_tokens_per_s": sorted(prompts)[ROUNDS // 2],
-        "decode_tokens_per_s": sorted(decodes)[ROUNDS // 2], "allocated": torch.cuda.memory_allocated(0),
-        "peak_allocated": torch.cuda.max_memory_allocated(0),
+        "stock_load_s": stock_load_s, "prompt_tokens_per_s": sorted(prompts)[rounds // 2],
+        "decode_tokens_per_s": sorted(decodes)[rounds // 2], "allocated": torch.cuda.memory_allocated(0),
+        "peak_allocated": torch.cuda.max_memory_allocated(0), "device_bytes": device_bytes,
     }  # fmt: skip
     if "--link" in arguments:
         figures["link_bytes_per_s"] = time_link(0)

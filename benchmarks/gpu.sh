@@ -39,5 +39,6 @@ if [[ $steps == *" tests "* ]]; then
     timeout "${GPU_TESTS_S:-400}" "$python" -m pytest -q tests/gpu -p no:cacheprovider 2>&1 | tee "$out/tests.txt" | tail -n 40
 fi
 if [[ $steps == *" benchmarks "* ]]; then
-    timeout "${GPU_BENCH_S:-500}" "$python" -m benchmarks gpu --json "$out/gpu.json" 2>&1 | tee "$out/benchmarks.txt" | tail -n 40
+    # INT, not TERM: it prints the table as far as it got.
+    timeout --signal=INT --kill-after=30 "${GPU_BENCH_S:-500}" "$python" -m benchmarks gpu --json "$out/gpu.json" 2>&1 | tee "$out/benchmarks.txt" | tail -n 40
 fi

@@ -11,7 +11,7 @@ from typing import Any
 from modules import doctor, planner
 from modules.assistant import Assistant
 from modules.chats import Chats
-from modules.environments import NAMES, Environments
+from modules.environments import NAMES, Environments, cards_of
 from modules.errors import SettingsError
 from modules.hardware import Card as SeenCard
 from modules.hardware import Hardware, Machine
@@ -30,7 +30,7 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardw
     kinds = {"llamacpp": EngineKind("llamacpp", environment=(("OMP_WAIT_POLICY", "PASSIVE"),))}
     kinds |= {name: EngineKind(name, where=where) for name, where in settings.extra_engines}
     machine = hardware.snapshot()
-    kinds |= engines_for_cards(settings, machine)
+    kinds |= engines_for_cards(settings, hardware)
     limits = Limits(load_s=settings.load_timeout_s, stall_s=settings.stall_timeout_s)
     cards, vram = cards_for_models(settings, machine)
     loader = Loader(
@@ -44,11 +44,11 @@ def build(settings: Settings, chats: Chats, on_change: Callable[[], None], hardw
     return assistant
 
 
-def engines_for_cards(settings: Settings, machine: Machine) -> dict[str, EngineKind]:
-    """The kinds of the ExLlama engines whose environments are installed."""
-    environments = Environments()
+def engines_for_cards(settings: Settings, hardware: Hardware) -> dict[str, EngineKind]:
+    """The kinds of the ExLlama engines whose environments are installed, with code for the cards that are here."""
+    environments = Environments(cards=cards_of(hardware))
     usable = [found.name for found in map(environments.get, NAMES) if found.usable]
-    more = (("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes)), *_order_of_cards(machine))
+    more = (("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes)), *_order_of_cards(hardware.snapshot()))
     kinds = {name: environments.kind(name) for name in usable}
     return {name: dataclasses.replace(k, environment=(*k.environment, *more)) for name, k in kinds.items()}
 

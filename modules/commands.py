@@ -120,13 +120,15 @@ def _progress_words(event: Loading | Queued) -> str:
 
 def run_doctor(settings: Settings) -> int:
     """`doctor`: this machine beside what Turntable needs; exit code 1 where something does not work as it is."""
-    hardware, environments = Hardware(settings.models_dir, limit_s=PATIENCE_S), Environments()
+    hardware = Hardware(settings.models_dir, limit_s=PATIENCE_S)
+    environments = Environments(cards=cards_of(hardware))
     try:
         tell_bus_speeds(environments, hardware)
         machine = examined(settings, hardware)
+        engines = engine_states(environments.list())
     finally:
         hardware.close()
-    examination = doctor.examine(machine, engine_states(environments.list()), settings.pinned_memory_bytes)
+    examination = doctor.examine(machine, engines, settings.pinned_memory_bytes)
     if settings.as_json:
         print(json.dumps({**examination.to_dict(), "machine": dataclasses.asdict(machine)}, indent=1))
     else:

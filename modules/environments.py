@@ -54,6 +54,8 @@ TEST_LIMIT_S = 15 * 60.0
 # PyTorch 2.11 from the registry is built for CUDA 13.0, which needs this driver and has no code for older cards.
 LEAST_DRIVER = 580
 TOOLKIT = 13
+# From this one on nvcc misreads a header of PyTorch as C++17; the last -std on its line is the one that counts.
+CPP20_TOOLKIT, CPP20 = (13, 3), "-std=c++20"
 TOOLKITS = (Path("/usr/local/cuda"), Path("/usr/local/cuda-13"), Path("/usr/local/cuda-13.0"), Path("/opt/cuda"))
 LEAST_CARD = {"exllamav2": (7, 5), "exllamav3": (8, 0)}
 ABOUT_MINUTES = {"exllamav2": 10, "exllamav3": 60}  # of compiling on four cores
@@ -194,12 +196,35 @@ class Environments:
                 name, "broken", folder, python, stamp.get("versions", {}),
                 problem="It was installed for other requirements; install it again.",
             )  # fmt: skip
+        if problem := self._uncovered(name, str(stamp.get("architectures") or "")):
+            return Environment(name, "broken", folder, python, stamp.get("versions", {}), problem=problem)
         tested = stamp.get("tested") or {}
         state = {None: "untested", 0: "ready", 3: "untested"}.get(tested.get("code"), "failed")
         return Environment(
             name, state, folder, python, stamp.get("versions", {}), self._size(folder) if sized else 0,
             tested.get("when", ""), tested.get("problem", ""), _speeds(tested.get("bus")),
         )  # fmt: skip
+
+    def _uncovered(self, name: str, built: str) -> str:
+        """Why the extension has no code for a card that is here now; empty where it has, or nothing is known.
+
+        built is what it was compiled for, empty for one that was compiled elsewhere. A driver that does not answer
+        says nothing against it, and who names architectures answers for them.
+        """
+        if not built or self._variables.get("TURNTABLE_CUDA_ARCHS"):
+            return ""
+        try:
+            cards = self._cards()[1]
+        except InstallFailed:
+            return ""
+        for card in cards:
+            if card.capability >= LEAST_CARD[name] and not covers(built, card.capability):
+                major, minor = card.capability
+                return (
+                    f"It was compiled for compute capability {built.replace(';', ', ')}, and {card.name} has "
+                    f"{major}.{minor}; install it again."
+                )
+        return ""
 
     def kind(self, name: str) -> EngineKind:
         """How the engine's children are started."""
@@ -262,8 +287,9 @@ class Environments:
             report(Step("making the environment", 0.02))
             runner.run([sys.executable, "-m", "venv", str(folder)], "making the environment")
         self._pip(name, python, runner, report)
-        self._build(name, folder, runner, report, architectures)
-        _write(folder / STAMP, {"requirements": self._wanted(name), "versions": _versions(python, name)})
+        built = self._build(name, folder, runner, report, architectures)
+        said = {"requirements": self._wanted(name), "versions": _versions(python, name), "architectures": built}
+        _write(folder / STAMP, said)
 
     def give_up(self, name: str, why: str) -> None:
         """Remember why an unfinished installation must not be taken up again unasked."""
@@ -363,8 +389,8 @@ class Environments:
                 hint=f"Install the CUDA toolkit {TOOLKIT} from NVIDIA's packages, and put nvcc on the PATH or set "
                 "CUDA_HOME.",
             )
-        if not any(major == TOOLKIT for _, major in toolkits):
-            found = ", ".join(f"CUDA {major} in {place}" for place, major in toolkits)
+        if not any(version[0] == TOOLKIT for _, version in toolkits):
+            found = ", ".join(f"CUDA {version[0]} in {place}" for place, version in toolkits)
             raise InstallFailed(
                 f"The engine's PyTorch is made with CUDA {TOOLKIT}, and only a toolkit of CUDA {TOOLKIT} can compile "
                 f"for it; found: {found}.",
@@ -411,8 +437,11 @@ class Environments:
             return found
         return next(iter(sorted((self._folder(name) / EXTENSIONS).glob(f"{name}_ext*.so"))), None)
 
-    def _build(self, name: str, folder: Path, runner: _Runner, report: Report, architectures: str) -> None:
-        """Compile the extension by importing the library once, with everything that the compiler must know."""
+    def _build(self, name: str, folder: Path, runner: _Runner, report: Report, architectures: str) -> str:
+        """Compile the extension by importing the library once, with everything that the compiler must know.
+
+        Returns the architectures that it has code for, empty where it was compiled elsewhere.
+        """
         place = folder / EXTENSIONS
         place.mkdir(exist_ok=True)
         for stale in place.rglob("lock"):
@@ -420,7 +449,7 @@ class Environments:
         prebuilt = self._prebuilt(name)
         if prebuilt is not None:
             self._take_prebuilt(name, prebuilt, runner, report)
-            return
+            return ""
         minutes = ABOUT_MINUTES[name]
         words = f"compiling {name} for {architectures} (about {minutes} minutes on four cores)"
         report(Step(words, 0.4))
@@ -435,6 +464,7 @@ class Environments:
             runner.run([str(python), "-c", f"import {name}"], words, variables=variables, tick=tick)
         if _built(place, name) is None:
             raise InstallFailed(f"{name} was imported, but its extension was not built.", hint=f"See {folder / LOG}.")
+        return architectures
 
     def _take_prebuilt(self, name: str, prebuilt: Path, runner: _Runner, report: Report) -> None:
         """It is tried before it is taken: it fits one Python and one PyTorch only."""
@@ -450,7 +480,8 @@ class Environments:
             shutil.copy2(prebuilt, target)
 
     def _build_variables(self, python: Path, place: Path, architectures: str) -> dict[str, str]:
-        home = next((place for place, major in _toolkits(self._variables, self._usual) if major == TOOLKIT), None)
+        fitting = [found for found in _toolkits(self._variables, self._usual) if found[1][0] == TOOLKIT]
+        home, version = fitting[0] if fitting else (None, (0, 0))
         program = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
         done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -468,6 +499,9 @@ class Environments:
         }  # fmt: skip
         if home is not None:
             variables["CUDA_HOME"] = str(home)
+        given = self._variables.get("NVCC_APPEND_FLAGS", "")
+        if version >= CPP20_TOOLKIT and "-std" not in given:
+            variables["NVCC_APPEND_FLAGS"] = f"{given} {CPP20}".strip()
         return variables
 
     def _folder(self, name: str) -> Path:
@@ -654,21 +688,39 @@ def _place_of_built(place: Path, name: str) -> str:
     return str(built.parent) if built is not None else ""
 
 
-def _toolkits(variables: Mapping[str, str], usual: Sequence[Path]) -> list[tuple[Path, int]]:
-    """The CUDA toolkits with their major versions: that in CUDA_HOME alone, or those of the PATH and the usual places.
+def covers(built: str, capability: tuple[int, int]) -> bool:
+    """Has an extension that was compiled for these architectures ("8.6;9.0+PTX") code for such a card?
+
+    Machine code runs on cards of the same major number and no smaller minor one, that for 9.0a on 9.0 alone, and PTX
+    is compiled for any later card. A list that cannot be read is taken to cover everything. Source: CUDA C++
+    Programming Guide, binary and PTX compatibility.
+    """
+    for one in filter(None, re.split(r"[;\s]+", built)):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", one)
+        if match is None:
+            return True
+        least = (int(match[1]), int(match[2]))
+        exact, has_ptx = match[3] == "a", bool(match[4])
+        if capability == least or (not exact and capability > least and (has_ptx or capability[0] == least[0])):
+            return True
+    return False
+
+
+def _toolkits(variables: Mapping[str, str], usual: Sequence[Path]) -> list[tuple[Path, tuple[int, int]]]:
+    """The CUDA toolkits with their versions: that in CUDA_HOME alone, or those of the PATH and the usual places.
 
     nvcc on the PATH may be a script that calls the real one, so it is asked where its toolkit is.
     """
     named = variables.get("CUDA_HOME")
     on_path = shutil.which("nvcc", path=variables.get("PATH"))
     places = [Path(named)] if named else [*([_toolkit_of(Path(on_path))] if on_path else []), *usual]
-    found: dict[Path, int] = {}
+    found: dict[Path, tuple[int, int]] = {}
     for place in places:
         nvcc = place / "bin" / "nvcc"
         if place not in found and nvcc.exists():
             said = _said([str(nvcc), "--version"], variables)
-            match = re.search(r"release (\d+)\.", said)
-            found[place] = int(match[1]) if match else 0
+            match = re.search(r"release (\d+)\.(\d+)", said)
+            found[place] = (int(match[1]), int(match[2])) if match else (0, 0)
     return list(found.items())
 
 

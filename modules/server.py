@@ -150,7 +150,7 @@ def wait_for_cards(
             machine = hardware.snapshot()
             if not is_silent(machine):
                 cards, budget = cards_for_models(settings, machine)
-                assistant.kinds.update(engines_for_cards(settings, machine))
+                assistant.kinds.update(engines_for_cards(settings, hardware))
                 assistant.set_cards(cards, budget)
                 log.info("the NVIDIA driver answers now: %d MB for models", budget >> 20)
                 found()
@@ -175,7 +175,7 @@ def take_engine(found: Environment, assistant: Assistant, settings: Settings, ha
     """After an installation, test or removal: the engine can be used, or not any more, without a new start."""
     log.info("engine %s: %s %s", found.name, found.state, found.problem)
     tell_bus_speeds(Environments(), hardware)
-    usable = engines_for_cards(settings, hardware.snapshot())
+    usable = engines_for_cards(settings, hardware)
     if found.name in usable:
         assistant.kinds[found.name] = usable[found.name]
     else:

@@ -32,6 +32,7 @@ from modules.environments import (
     Environments,
     Step,
     _PipProgress,
+    covers,
     to_dict,
 )
 from modules.errors import InstallFailed
@@ -721,3 +722,73 @@ def test_foreign_text_on_the_page_is_escaped(begun: Path) -> None:
     text = SystemPage(EngineJobs(made(begun)), Hardware(begun)).html()
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
+
+
+def test_a_card_that_it_was_not_compiled_for_asks_for_a_new_installation(begun: Path) -> None:
+    environments = made(begun)
+    assert environments.install("exllamav2", quiet).state == "ready"
+    assert json.loads((begun / ".engines" / "exllamav2" / STAMP).read_text())["architectures"] == "8.9"
+    newer = (580, [CardFound("RTX 5090", (12, 0)), CardFound("GTX 1060", (6, 1))])
+    found = made(begun, newer).get("exllamav2")
+    assert (found.state, found.usable) == ("broken", False)
+    assert found.problem == "It was compiled for compute capability 8.9, and RTX 5090 has 12.0; install it again."
+    assert made(begun, newer).is_wanted("exllamav2")  # the next start does it
+    # A card that no engine of this kind runs on says nothing, nor does a driver that does not answer.
+    assert made(begun, (580, [CardFound("GTX 1060", (6, 1))])).get("exllamav2").state == "ready"
+    assert Environments(begun, variables={}).get("exllamav2").state == "ready"
+    assert made(begun, newer, TURNTABLE_CUDA_ARCHS="8.9").get("exllamav2").state == "ready"
+    assert made(begun, newer).install("exllamav2", quiet).state == "ready"
+    assert "12.0" in (begun / ".engines" / "exllamav2" / "ext" / "exllamav2_ext" / "told.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "covered"),
+    [
+        ("8.6", (8, 6), True), ("8.6", (8, 9), True), ("8.9", (8, 6), False), ("8.6", (9, 0), False),
+        ("8.0;9.0", (8, 6), True), ("8.6+PTX", (12, 0), True), ("8.6+PTX", (8, 0), False), ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False), ("10.0f", (10, 3), True), ("7.5 8.6", (7, 5), True), ("Ampere", (12, 0), True),
+    ],
+)  # fmt: skip
+def test_machine_code_runs_within_a_major_number_and_ptx_on_all_later_cards(built, capability, covered: bool) -> None:
+    assert covers(built, capability) is covered
+
+
+CHANGED = """
+import json, sys
+from pathlib import Path
+from modules.environments import Environments, cards_of
+from modules.hardware import Hardware
+look = cards_of(Hardware(Path("/"), limit_s=1.0))
+found = Environments(Path(sys.argv[1]), cards=look, variables={}).get("exllamav2")
+print(json.dumps([found.state, found.problem]))
+"""
+
+
+def test_a_changed_card_is_seen_through_the_drivers_own_library(begun: Path, tmp_path: Path) -> None:
+    made(begun).install("exllamav2", quiet)
+    plan = nvml.two_cards(tmp_path / "plan")
+    library = nvml.build(tmp_path / "driver")
+    for cards, faults, state, words in (
+        ([nvml.RTX_4090], [], "ready", ""),
+        ([nvml.RTX_4090, nvml.RTX_3060], [], "broken", "RTX 3060 has 8.6; install it again"),
+        ([nvml.RTX_4090, nvml.RTX_3060], [(1, "*", nvml.GPU_IS_LOST)], "ready", ""),
+        ([nvml.RTX_3060], [("*", "nvmlInitWithFlags", "hang")], "ready", ""),
+    ):
+        plan.cards, plan.processes, plan.faults = cards, [], faults
+        plan.write()
+        done = subprocess.run(
+            [sys.executable, "-c", CHANGED, str(begun)], capture_output=True, text=True, cwd=ROOT, timeout=60,
+            check=True, env={**os.environ, **nvml.environment(library, plan.file)},
+        )  # fmt: skip
+        said = json.loads(done.stdout)
+        assert said[0] == state and words in said[1], said
+
+
+@pytest.mark.parametrize(
+    ("release", "given", "told"),
+    [("13.0", "", None), ("13.3", "", "-std=c++20"), ("13.4", "-O1", "-O1 -std=c++20"), ("13.3", "-std=c++23", None)],
+)
+def test_a_toolkit_that_misreads_pytorch_as_cpp17_compiles_as_cpp20(begun: Path, release, given, told) -> None:
+    environments = made(begun, FAKE_CUDA=release, NVCC_APPEND_FLAGS=given)
+    variables = environments._build_variables(Path(sys.executable), begun / "ext", "8.9")
+    assert variables.get("NVCC_APPEND_FLAGS") == told

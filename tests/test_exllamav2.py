@@ -5,25 +5,27 @@ What only a card can show (kernels, streams, speed, real memory) is in tests/gpu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
-from modules.errors import DoesNotFit, GenerateError, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
-from modules.loader import Loader
+from modules.errors import DoesNotFit, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
 
 from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
 from .contract import Contract, Subject, ask
 from .demo_answers import ASKS, answers, expected
+from .gpu import scenarios
+from .gpu.scenarios import Rig, Scenarios
 
 STAND_IN = ROOT / "tests" / "exllama_on_cpu"
 MAKE_TINY = (
@@ -131,15 +133,7 @@ def quiet(event: object) -> None:
 
 
 def test_the_self_test_runs_and_passes(exllama_python: str) -> None:
-    environment = {**os.environ, **dict(on_cpu().environment)}
-    done = subprocess.run(
-        [exllama_python, "-m", "modules.engines.selftest", "exllamav2"], cwd=ROOT, capture_output=True, text=True,
-        env=environment, timeout=110, check=False,
-    )  # fmt: skip
-    checks = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [check for check in checks if not check["ok"]] == [], done.stderr[-2000:]
-    assert done.returncode == 0
-    assert len(checks) >= 10
+    assert len(scenarios.self_test(on_cpu())) >= 10
 
 
 def test_the_self_test_fails_with_the_attention_that_the_library_has(exllama_python: str) -> None:
@@ -170,18 +164,6 @@ def test_a_copy_in_page_locked_memory_gives_the_same_model(begin, models: Path) 
         assert ask(process, "Tell me something.").text == before
 
 
-def test_many_swaps_between_two_models_change_nothing_and_leave_nothing(begin, models: Path) -> None:
-    process = begin(on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30)))
-    specs = [spec_of(models / "fp16"), spec_of(models / "exl2", cache_mode="Q4"), spec_of(models / "exl2")]
-    first: dict[EngineSpec, str] = {}
-    for turn in range(12):
-        spec = specs[turn % len(specs)]
-        process.load(spec, quiet)
-        text = ask(process, "Hi").text
-        assert first.setdefault(spec, text) == text
-        assert process.unload() == 0
-
-
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
     process = begin()
     process.load(spec_of(models / "gptq"), quiet)
@@ -200,20 +182,30 @@ def test_a_model_that_does_not_fit_says_so_and_the_next_one_loads(begin, models:
     assert ask(process, "Hi").text
 
 
-def test_after_a_load_that_failed_the_previous_model_is_back(models: Path) -> None:
-    kind = on_cpu(vram_bytes=24 << 20)
-    loader = Loader({"exllamav2": kind}, 1 << 30, vram_budget_bytes=100, limits=Limits(load_s=60, stall_s=60))
-    small, huge = spec_of(models / "exl2"), spec_of(models / "exl2", options=(("cache_size", str(1 << 20)),))
-    try:
-        with loader.lease(small, needs_bytes=100) as engine:
-            before = ask(engine, "Hi").text
-        with pytest.raises(DoesNotFit), loader.lease(huge, needs_bytes=100):
-            pass
-        assert [view.spec for view in loader.snapshot().models] == [small]
-        with loader.lease(small, needs_bytes=100) as engine:
-            assert ask(engine, "Hi").text == before
-    finally:
-        loader.close()
+class TestSwaps(Scenarios):
+    """The scenarios for a card on one of 40 MiB, shortly."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rig(
+        cls, models: Path, demo: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[Rig]:
+        place = tmp_path_factory.mktemp("scenarios")
+        small = scenarios.small_models([models / "exl2", models / "fp16"], spec_of(models), ("FP16", "Q4"))
+        sees = shutil.copytree(demo("vision"), place / "sees")
+        options = scenarios.allow_large_pictures(sees, 1120)
+        yield Rig(
+            on_cpu(40 << 20, TURNTABLE_PINNED_BYTES=str(1 << 30)), small,
+            spec_of(scenarios.write_wide(place / "wide")),
+            spec_of(models / "exl2", options=(("cache_size", str(1 << 20)),)), spec_of(sees, options=options), 1120,
+            EngineProcess.measure, lambda left: contextlib.nullcontext(), swaps=5, run=8, copies=True,
+        )  # fmt: skip
+
+
+def test_the_program_that_fills_a_card_leaves_what_it_is_told(models: Path) -> None:
+    first = "import pretend_cuda; pretend_cuda.install()"
+    with scenarios.filled(on_cpu(64 << 20), 5 << 20, first=first) as (taken, free):
+        assert (taken, free) == (59 << 20, 5 << 20)
 
 
 @pytest.mark.parametrize("name", ASKS)
@@ -263,22 +255,6 @@ def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_
     with pytest.raises(TurntableError):
         ask(process, (Message("user", "What?", (str(tmp_path / "gone.png"),)),))
     assert ask(process, first).text == heard.text
-
-
-def test_a_picture_that_does_not_fit_ends_in_an_error_and_the_next_answer_comes(begin, demo, tmp_path: Path) -> None:
-    folder = demo("vision")
-    said = json.loads((folder / "preprocessor_config.json").read_text())
-    large = tmp_path / "large"
-    shutil.copytree(folder, large)
-    (large / "preprocessor_config.json").write_text(json.dumps({**said, "max_pixels": 4_000_000}))
-    Image.new("RGB", (1120, 1120), "white").save(tmp_path / "large.png")
-    process = begin(on_cpu(vram_bytes=40 << 20))
-    process.load(spec_of(large, context=2048), quiet)
-    with pytest.raises(GenerateError, match="ran out of memory"):
-        ask(process, (Message("user", "What?", (str(tmp_path / "large.png"),)),))
-    small = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40))),)),)
-    assert ask(process, small).text == "I see a blue square in the top left corner."
-    assert process.unload() == 0
 
 
 def test_a_model_that_does_not_see_refuses_pictures(begin, models: Path, tmp_path: Path) -> None:

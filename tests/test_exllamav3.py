@@ -8,6 +8,7 @@ launches, the kernels of hybrid models) is in tests/gpu.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,13 +22,15 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from modules.errors import ContextTooLong, DoesNotFit, GenerateError, InvalidRequest, LoadError, TurntableError
+from modules.errors import ContextTooLong, DoesNotFit, InvalidRequest, LoadError, TurntableError
 from modules.messages import Constraint, Delta, EngineSpec, Message, Sampling, Start
 from modules.process import EngineKind, EngineProcess, Limits
 
 from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT
 from .contract import GREEDY, SCHEMA, Contract, Subject, ask
 from .demo_answers import ASKS, answers, expected
+from .gpu import scenarios
+from .gpu.scenarios import Rig, Scenarios
 
 STAND_IN = ROOT / "tests" / "exllama_on_cpu"
 ADAPTER = ROOT / "modules" / "engines" / "exllamav3.py"
@@ -134,24 +137,17 @@ refused("no option", options=(("x", "1"),))
 print("pure")
 """
 
-# The tiny model as FP16 and EXL3, a hybrid one, and the demo models. For the one that sees, models.py fills the merger
-# up to what ExLlamaV2 expects; here it stays as it is, and its configuration gets the words that this library reads.
+# The tiny model as FP16 and EXL3, a hybrid one, and the demo models.
 MAKE_MODELS = """
-import json, sys
+import sys
 from pathlib import Path
 from modules.engines.exllamav3 import write_exl3, write_tiny
 from tests.exllama_on_cpu import models
 from tests.exllama_on_cpu.v3.hybrid_model import write_hybrid
 place = Path(sys.argv[1])
 write_tiny(place / "fp16"); write_exl3(place / "exl3"); write_hybrid(place / "hybrid")
-models.MERGER = 512
 for name in ("assistant", "coding", "reasoning", "vision"):
-    folder = models.convert(name, place / name)
-config = json.loads((folder / "config.json").read_text())
-ids = {t["content"]: t["id"] for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
-config["vision_config"] |= {"hidden_act": "silu", "model_type": "qwen2_5_vl"}
-config |= {"vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"]}
-(folder / "config.json").write_text(json.dumps(config))
+    models.convert(name, place / name, "exllamav3")
 """
 
 
@@ -404,10 +400,7 @@ def test_weights_texts_and_sampling_are_what_the_formats_say(exllama_python: str
 
 
 def test_the_self_test_runs_and_passes(exllama_python: str) -> None:
-    told = with_stand_in("import sys; from modules.engines import selftest; sys.exit(selftest.main(['exllamav3']))")
-    checks = [json.loads(line) for line in told.splitlines()]
-    assert [check for check in checks if not check["ok"]] == []
-    assert len(checks) >= 10
+    assert len(scenarios.self_test(on_cpu())) >= 10
 
 
 def test_the_self_test_sees_an_attention_that_is_wrong(models: Path) -> None:
@@ -611,22 +604,21 @@ def test_a_model_is_spread_over_cards_or_refused_where_it_does_not_fit(begin, mo
     assert process.unload() == 0
 
 
-def test_a_picture_that_does_not_fit_ends_in_an_error_and_the_next_answer_comes(
-    begin, models: Path, tmp_path: Path
-) -> None:
-    folder = models / "vision"
-    said = json.loads((folder / "preprocessor_config.json").read_text())
-    large = tmp_path / "large"
-    shutil.copytree(folder, large)
-    (large / "preprocessor_config.json").write_text(json.dumps({**said, "max_pixels": 4_000_000}))
-    Image.new("RGB", (840, 840), "white").save(tmp_path / "large.png")
-    process = begin(on_cpu(vram_bytes=138 << 20))  # 130 MiB are in use after the load
-    process.load(spec_of(large, context=1024), quiet)
-    with pytest.raises(GenerateError, match="ran out of memory"):
-        ask(process, (Message("user", "What?", (str(tmp_path / "large.png"),)),))
-    small = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40))),)),)
-    assert ask(process, small).text == "I see a blue square in the top left corner."
-    assert process.unload() == 0
+class TestSwaps(Scenarios):
+    """The scenarios for a card on one of 160 MiB, shortly: 130 MiB of it are in use with any model."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rig(cls, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+        place = tmp_path_factory.mktemp("scenarios")
+        small = scenarios.small_models([models / "exl3", models / "fp16"], spec_of(models), ("FP16", "Q4"))
+        sees = shutil.copytree(models / "vision", place / "sees")
+        options = scenarios.allow_large_pictures(sees, 1680)
+        return Rig(
+            on_cpu(160 << 20), small, spec_of(scenarios.write_wide(place / "wide")),
+            spec_of(models / "exl3", options=(("cache_size", str(1 << 20)),)), spec_of(sees, options=options), 1680,
+            EngineProcess.measure, lambda left: contextlib.nullcontext(), swaps=6, run=8,
+        )  # fmt: skip
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The bundled demo models as checkpoints in the form of Hugging Face, FP16, for the ExLlama engines.
 
-    python -m tests.exllama_on_cpu.models assistant FOLDER
+    python -m tests.exllama_on_cpu.models assistant FOLDER [exllamav2 | exllamav3]
 
 Reads the GGUF files of demo/models, so the weights are the ones that llama.cpp runs,
 8-bit rounding included. Needs the packages gguf and numpy.
@@ -31,12 +31,12 @@ NAMES = {
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 TOWER = {"attn_out": "attn.proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
          "ln1": "norm1", "ln2": "norm2"}  # fmt: skip
-# The library takes this width for the merger of every Qwen2.5-VL; zeros change nothing.
-MERGER = 5120
+# ExLlamaV2 takes this width for the merger of every Qwen2.5-VL; zeros change nothing. ExLlamaV3 reads the true one.
+MERGER = {"exllamav2": 5120, "exllamav3": 0}
 
 
-def convert(name: str, folder: Path) -> Path:
-    """Write one demo model below `folder`; the one that sees gets its tower."""
+def convert(name: str, folder: Path, engine: str = "exllamav2") -> Path:
+    """Write one demo model below `folder` as `engine` reads it; the one that sees gets its tower."""
     folder.mkdir(parents=True, exist_ok=True)
     reader = gguf.GGUFReader(MODELS / f"{name}-q8_0.gguf")
     said = {key: field.contents() for key, field in reader.fields.items()}
@@ -60,10 +60,14 @@ def convert(name: str, folder: Path) -> Path:
     }  # fmt: skip
     template = said["tokenizer.chat_template"]
     if kind == "qwen2vl":
-        tensors |= _tower(MODELS / f"{name}-mmproj-q8_0.gguf", config, folder)
+        tensors |= _tower(MODELS / f"{name}-mmproj-q8_0.gguf", config, folder, MERGER[engine])
         config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
         sections = list(said["qwen2vl.rope.dimension_sections"])[:3]
         config |= {"model_type": "qwen2_5_vl", "rope_scaling": {"type": "mrope", "mrope_section": sections}}
+    if kind == "qwen2vl" and engine == "exllamav3":  # words that only this library reads
+        ids = {token: number for number, token in enumerate(said["tokenizer.ggml.tokens"])}
+        config["vision_config"] |= {"hidden_act": "silu", "model_type": "qwen2_5_vl"}
+        config |= {f"vision_{end}_token_id": ids[f"<|vision_{end}|>"] for end in ("start", "end")}
     write_safetensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config))
     _tokenizer(said, folder, template)
@@ -74,7 +78,7 @@ def _values(tensor: Any) -> np.ndarray[Any, Any]:
     return np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
 
 
-def _tower(path: Path, config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _tower(path: Path, config: dict[str, Any], folder: Path, least_merger: int) -> dict[str, Any]:
     reader = gguf.GGUFReader(path)
     said = {key: field.contents() for key, field in reader.fields.items()}
     raw = {tensor.name: _values(tensor) for tensor in reader.tensors}
@@ -93,7 +97,7 @@ def _tower(path: Path, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     out["visual.patch_embed.proj.weight"] = np.stack([f.reshape(hidden, 3, patch, patch) for f in frames], 2)
     out["visual.merger.ln_q.weight"] = raw["v.post_ln.weight"]
     first, second = raw["mm.0.weight"], raw["mm.2.weight"]
-    room = MERGER - first.shape[0]
+    room = max(0, least_merger - first.shape[0])
     out["visual.merger.mlp.0.weight"] = np.pad(first, ((0, room), (0, 0)))
     out["visual.merger.mlp.0.bias"] = np.pad(raw["mm.0.bias"], (0, room))
     out["visual.merger.mlp.2.weight"] = np.pad(second, ((0, 0), (0, room)))
@@ -139,4 +143,4 @@ def _tokenizer(said: dict[str, Any], folder: Path, template: str) -> None:
 
 
 if __name__ == "__main__":
-    convert(sys.argv[1], Path(sys.argv[2]))
+    convert(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

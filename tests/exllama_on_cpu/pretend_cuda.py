@@ -286,6 +286,7 @@ def install() -> None:
     properties = types.SimpleNamespace(
         name="Pretended card", major=8, minor=9, total_memory=VRAM_BYTES, multi_processor_count=1, warp_size=32,
         shared_memory_per_block=49152, max_threads_per_multi_processor=1536, L2_cache_size=1 << 20, gcnArchName="",
+        is_integrated=False,
     )  # fmt: skip
     each = [types.SimpleNamespace(**vars(properties), uuid=f"pretended-{index}") for index in range(CARDS)]
     nothing = contextlib.nullcontext
