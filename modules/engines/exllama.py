@@ -442,6 +442,18 @@ class ExLlamaEngine:
         return GenerateError(f"{self.rules.engine} failed: {_short(error)}")
 
 
+def clear_workspaces() -> None:
+    """Free what cuBLAS keeps on the cards for its matrix products, 8 to 32 MB on each. Only while no model is loaded.
+
+    PyTorch counts it as allocated for the life of the process (its issue 95668), so that it looks like a leak.
+    """
+    import torch
+
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:  # PyTorch for the CPU has none
+        clear()
+
+
 def check_constraint(constraint: Constraint) -> None:
     """Raises InvalidRequest for a constraint that is no schema or expression, or is too large."""
     if len(constraint.text.encode()) > MAX_SCHEMA_BYTES:

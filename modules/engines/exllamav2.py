@@ -43,9 +43,9 @@ from PIL import Image
 from modules.engines.attention import correct, correct_merger
 from modules.engines.base import Progress
 from modules.engines.checkpoint import Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, grammar, pages_up
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up
 from modules.engines.fastload import Feeder, HostCopies, Layout, lay_out
-from modules.engines.selftest import TOKENS, Report, close_enough
+from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import write_tiny
 from modules.errors import InvalidRequest, LoadError, ModelFilesUnsafe
 from modules.messages import EngineSpec, Loading, Sampling
@@ -291,6 +291,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._model = self._tower = self._cache = self._tokenizer = self._draft_model = self._draft_cache = None
         self._blocks, self._in_use = [], []
         gc.collect()
+        clear_workspaces()
 
     # Answers -----------------------------------------------------------------------------
 
@@ -454,6 +455,7 @@ def self_test(report: Report, place: Path) -> None:
             report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, ExLlamaV2Cache))
         for name, kind in CACHES.items():
             report.check(f"cache mode {name}", partial(_at_once, place / "exl2", kind, loose=True))
+        report.check("memory", partial(nothing_left, partial(_causal, place / "exl2")))
 
 
 def _logits(folder: Path, kind: Any, parts: list[Any]) -> Any:
@@ -471,6 +473,7 @@ def _logits(folder: Path, kind: Any, parts: list[Any]) -> Any:
         model.unload()
         del cache, model
         gc.collect()
+        clear_workspaces()
 
 
 def _text() -> Any:

@@ -45,8 +45,8 @@ from PIL import Image
 
 from modules.engines.base import Progress
 from modules.engines.checkpoint import Checkpoint, Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, grammar, pages_up
-from modules.engines.selftest import TOKENS, Report, close_enough
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up
+from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import VOCAB, write_safetensors, write_tiny
 from modules.errors import InvalidRequest, LoadError
 from modules.messages import Constraint, Loading, Sampling
@@ -289,9 +289,7 @@ def release_leftovers() -> None:
     library_attention._block_tables.clear()
     triton_paged._h32_cache.clear()
     recurrent_util._slot_tensors.clear()
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:  # PyTorch for the CPU has none
-        clear()
+    clear_workspaces()
 
 
 def sampler(sampling: Sampling) -> Any:
@@ -352,6 +350,7 @@ def self_test(report: Report, place: Path) -> None:
             report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, "FP16"))
         for mode in CACHE_BITS:
             report.check(f"cache mode {mode}", partial(_at_once, folders["exl3"], mode, loose=True))
+        report.check("memory", partial(nothing_left, partial(_causal, folders["exl3"])))
 
 
 def write_exl3(folder: Path, *, bits: int = 4, seed: int = 1) -> Path:
