@@ -253,6 +253,19 @@ def test_the_demo_that_sees_answers_as_it_does_in_llama_cpp(begin, demo, tmp_pat
     assert answers[1][0] == "I see a blue square in the top left corner."
 
 
+def test_a_tower_in_bf16_has_a_page_locked_copy_too_and_sees_the_same(begin, demo, tmp_path: Path) -> None:
+    raw = (demo("vision") / "model.safetensors").read_bytes()
+    head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert {entry["dtype"] for name, entry in head.items() if name.startswith("visual.")} == {"BF16"}
+    process = begin(on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30)))
+    asked = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40))),)),)
+    for _ in range(2):
+        process.load(spec_of(demo("vision")), quiet)
+        assert ask(process, asked).text == "I see a blue square in the top left corner."
+        eventually(lambda: any("page-locked copy ready" in line for line in process.log), 20)
+        assert process.unload() == 0
+
+
 def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_path: Path) -> None:
     process = begin()
     process.load(spec_of(demo("vision")), quiet)

@@ -181,11 +181,6 @@ class ExLlamaV2Engine(ExLlamaEngine):
         for model in models:
             rest = model.set_device_map(rest)  # what the tower leaves is for the model
         layout = lay_out(models)
-        if any(piece.dtype in (torch.bfloat16, torch.float32) for _, piece in layout.pieces.values()):
-            # The library converts these to half precision: copies of its own, so views would only cost memory.
-            for model in models:
-                model.load(split, callback=tell)
-            return
         copy = self._copies.find(layout)
         self._blocks += self._feeder.load(layout, copy, tell)
         for model in models:
