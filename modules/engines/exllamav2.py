@@ -63,6 +63,9 @@ ARCHITECTURES = (
 RULES = Rules(
     "ExLlamaV2", frozenset(ARCHITECTURES), frozenset({"exl2", "gptq", "fp16"}),
     vision=frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}),
+    # dynamic scales only beyond max_position_embeddings, and no context is larger than that.
+    ropes=frozenset({"default", "linear", "su", "longrope", "yarn", "llama3", "mrope", "dynamic"}),
+    processors=frozenset({"Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"}),
     instead="EXL3 models and newer architectures need ExLlamaV3; choose another variant on the Models page.",
 )  # fmt: skip
 # Elements dequantized at once. The stock 512 Mi make the scratch memory as large as the output head, 1 GiB; the
