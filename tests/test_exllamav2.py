@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from modules.engines.exllama import widened
 from modules.errors import DoesNotFit, GenerateError, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
 from modules.loader import Loader
 from modules.messages import EngineSpec, Message, Sampling
@@ -264,6 +265,26 @@ def test_a_tower_in_bf16_has_a_page_locked_copy_too_and_sees_the_same(begin, dem
         assert ask(process, asked).text == "I see a blue square in the top left corner."
         eventually(lambda: any("page-locked copy ready" in line for line in process.log), 20)
         assert process.unload() == 0
+
+
+@pytest.mark.parametrize("max_pixels", [112 * 112, 1280 * 28 * 28])
+@pytest.mark.parametrize("size", [(8, 8), (10, 3000), (16384, 8), (16384, 90), (400, 20), (640, 480)])
+def test_a_picture_is_widened_until_its_sides_are_large_enough_at_any_size(size: tuple, max_pixels: int) -> None:
+    made = widened(Image.new("RGB", size, "red"), max_pixels)
+    width, height = made.size
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    assert scale * min(width, height) >= 32 and max(width, height) / min(width, height) < 200
+    assert (made.size == size) == (size == (640, 480) or (size, max_pixels) == ((16384, 90), 1280 * 28 * 28))
+    assert made.getpixel((width // 2, height // 2)) == (255, 0, 0)
+
+
+def test_small_and_narrow_pictures_are_seen_and_leave_the_conversation_whole(begin, demo, tmp_path: Path) -> None:
+    process = begin()
+    process.load(spec_of(demo("vision")), quiet)
+    for number, size in enumerate([(8, 8), (8, 400), (3000, 10), (16384, 8)]):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", size, "red").save(path)
+        assert ask(process, (Message("user", "Describe the image.", (str(path),)),)).text, size
 
 
 def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_path: Path) -> None:

@@ -530,6 +530,9 @@ def test_the_demo_that_sees_answers_as_it_does_in_llama_cpp(begin, opened, model
     assert ask(process, second).end.counts.cached >= 16
     with pytest.raises(TurntableError):
         ask(process, (Message("user", "What?", (str(tmp_path / "gone.png"),)),))
+    for number, size in enumerate([(8, 8), (3000, 10)]):
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
+        assert ask(process, (Message("user", "Describe the image.", (str(tmp_path / f"{number}.png"),)),)).text
     assert process.unload() == 0
 
 

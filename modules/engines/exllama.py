@@ -12,6 +12,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -39,6 +40,8 @@ from modules.messages import Constraint, Counts, Delta, EngineSpec, Failed, Fini
 PAGE_TOKENS = 256  # both libraries' caches come in pages of this many tokens
 DEFAULT_CHUNK_TOKENS = 2048
 DEFAULT_MAX_PIXELS = 1280 * 28 * 28  # about 1,280 tokens of a picture
+# Qwen's picture processors refuse sides below 28 pixels (32 for Qwen3-VL), and one side 200 times the other.
+MIN_SIDE_PX, MAX_RATIO = 32, 190.0
 MAX_EMBEDDINGS = 64
 MAX_EMBEDDING_BYTES = 512 << 20
 MAX_SCHEMA_BYTES = 256 << 10
@@ -440,6 +443,25 @@ class ExLlamaEngine:
                 hint="Close other programs that use the card, send a smaller picture, or take a smaller context.",
             )
         return GenerateError(f"{self.rules.engine} failed: {_short(error)}")
+
+
+def widened(picture: Any, max_pixels: int) -> Any:
+    """The picture (of Pillow, RGB), with white beside it where it is too narrow, and larger where it is too small.
+
+    Afterwards no side is below MIN_SIDE_PX, also when the picture is made smaller to max_pixels.
+    """
+    from PIL import Image, ImageOps
+
+    ratio = min(MAX_RATIO, 0.9 * max_pixels / MIN_SIDE_PX**2)  # at max_pixels the shorter side is sqrt(pixels / ratio)
+    least = math.ceil(max(picture.size) / max(1.0, ratio))
+    width, height = (max(side, least) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = ImageOps.pad(picture, (width, height), color="white")
+    scale = MIN_SIDE_PX / min(width, height)
+    if scale <= 1:
+        return picture
+    size = (math.ceil(width * scale), math.ceil(height * scale))
+    return picture.resize(size, Image.Resampling.BICUBIC)
 
 
 def clear_workspaces() -> None:

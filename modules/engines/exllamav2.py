@@ -43,7 +43,7 @@ from PIL import Image
 from modules.engines.attention import correct, correct_merger
 from modules.engines.base import Progress
 from modules.engines.checkpoint import Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up, widened
 from modules.engines.fastload import Feeder, HostCopies, Layout, lay_out
 from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import write_tiny
@@ -300,12 +300,12 @@ class ExLlamaV2Engine(ExLlamaEngine):
         return int(self._tokenizer.encode(text, add_bos=False, encode_special_tokens=False).shape[-1]) if text else 0
 
     def _embed(self, path: str) -> tuple[Any, int]:
-        with Image.open(path) as picture:
-            picture.load()
-            embedding = self._tower.get_image_embeddings(
-                model=self._model, tokenizer=self._tokenizer, image=picture.convert("RGB"),
-                text_alias=f"<|picture-{os.urandom(8).hex()}|>",
-            )  # fmt: skip
+        with Image.open(path) as opened:
+            picture = widened(opened.convert("RGB"), self._tower.config.vision_max_pixels)
+        embedding = self._tower.get_image_embeddings(
+            model=self._model, tokenizer=self._tokenizer, image=picture,
+            text_alias=f"<|picture-{os.urandom(8).hex()}|>",
+        )  # fmt: skip
         return embedding, int(embedding.get_size_in_bytes())
 
     def _make_job(self, answer: Answer, ids: Any, pictures: list[Any], max_new_tokens: int) -> Any:

@@ -45,7 +45,7 @@ from PIL import Image
 
 from modules.engines.base import Progress
 from modules.engines.checkpoint import Checkpoint, Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up, widened
 from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import VOCAB, write_safetensors, write_tiny
 from modules.errors import InvalidRequest, LoadError
@@ -213,12 +213,20 @@ class ExLlamaV3Engine(ExLlamaEngine):
 
     def _embed(self, path: str) -> tuple[Any, int]:
         with Image.open(path) as opened:
-            picture = capped(opened.convert("RGB"), self._options.max_pixels)
+            picture = capped(widened(opened.convert("RGB"), self._max_pixels()), self._options.max_pixels)
         embedding = self._tower.get_image_embeddings(
             tokenizer=self._tokenizer, image=picture, text_alias=f"<|picture-{os.urandom(8).hex()}|>"
         )
         held = [t for t in (embedding.embeddings, *(embedding.deepstack_embeddings or ())) if t is not None]
         return embedding, sum(t.element_size() * t.numel() for t in held)
+
+    def _max_pixels(self) -> int:
+        """Pixels of a picture: the preset's limit, or the model's where that is lower."""
+        assert self._checkpoint is not None
+        said = self._checkpoint.preprocessor
+        size = said.get("size")
+        own = [said.get("max_pixels"), size.get("longest_edge") if isinstance(size, dict) else None]
+        return min([self._options.max_pixels, *(pixels for pixels in own if isinstance(pixels, int) and pixels > 0)])
 
     def _make_job(self, answer: Answer, ids: Any, pictures: list[Any], max_new_tokens: int) -> Any:
         request = answer.request
