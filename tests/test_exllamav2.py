@@ -183,6 +183,23 @@ def test_many_swaps_between_two_models_change_nothing_and_leave_nothing(begin, m
         assert process.unload() == 0
 
 
+def test_a_tokenizer_that_changed_on_the_disk_is_read_again(begin, models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models / "fp16", folder)
+    process, counts = begin(), []
+    for added in ((), ("hello w300",)):
+        table = json.loads((folder / "tokenizer.json").read_text())
+        table["added_tokens"] += [
+            {"id": 310, "content": text, "special": False, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False} for text in added
+        ]  # fmt: skip
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        for one in (process, begin()):
+            one.load(spec_of(folder), quiet)
+            counts.append(one.count_tokens(("hello w300",)))
+    assert counts[0] == counts[1] != counts[2] == counts[3] == (1,)
+
+
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
     process = begin()
     process.load(spec_of(models / "gptq"), quiet)

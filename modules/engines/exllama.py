@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ MAX_EMBEDDINGS = 64
 MAX_EMBEDDING_BYTES = 512 << 20
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_FOLDERS = 16  # whose checkpoints are kept read
+MAX_TOKENIZERS = 4  # that are kept for a swap back; a large vocabulary takes a second
 
 
 @dataclass
@@ -145,6 +146,7 @@ class ExLlamaEngine:
         self._embeddings: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._views = 0
         self._folders: OrderedDict[tuple[Any, ...], tuple[Checkpoint, ChatTemplate, Path]] = OrderedDict()
+        self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
 
     # What a library's adapter provides -------------------------------------------------
 
@@ -250,6 +252,15 @@ class ExLlamaEngine:
                 self._folders.popitem(last=False)
         self._folders.move_to_end(stamp)
         return known
+
+    def _tokenizer_of(self, read: Checkpoint, make: Callable[[], Any]) -> Any:
+        """The model's tokenizer, kept as long as its files are the same; llguidance's tables hang on it too."""
+        if id(read) not in self._tokenizers:
+            self._tokenizers[id(read)] = (read, make())  # holding `read` keeps the id its own
+        self._tokenizers.move_to_end(id(read))
+        while len(self._tokenizers) > MAX_TOKENIZERS:
+            self._tokenizers.popitem(last=False)
+        return self._tokenizers[id(read)][1]
 
     def _explain_load(self, error: Exception, checkpoint: Checkpoint) -> TurntableError:
         if isinstance(error, TurntableError):

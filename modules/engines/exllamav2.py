@@ -99,7 +99,6 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._copies = HostCopies(int(os.environ.get("TURNTABLE_PINNED_BYTES", "0")))
         self._in_use: list[tuple[Any, ...]] = []
         self._warmed: set[EngineSpec] = set()
-        self._tokenizers: dict[str, Any] = {}
         self._busy_s = 0.0
 
     def version(self) -> str:
@@ -144,8 +143,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
             self._load_draft(Path(options.draft_model), kind)
         weights_s = time.monotonic() - began
         progress(Loading("warming", total, total))
-        self._tokenizer = self._tokenizers.get(str(checkpoint.folder)) or ExLlamaV2Tokenizer(config)
-        self._tokenizers = {**self._tokenizers, str(checkpoint.folder): self._tokenizer}
+        self._tokenizer = self._tokenizer_of(checkpoint, lambda: ExLlamaV2Tokenizer(config))
         self._load_loras()
         self._generator = self._make_generator()
         if self._spec not in self._warmed:

@@ -16,7 +16,6 @@ import json
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ from exllamav3.util.tensor import g_tensor_cache
 from PIL import Image
 
 from modules.engines.base import Progress
-from modules.engines.checkpoint import Checkpoint, Rules
+from modules.engines.checkpoint import Rules
 from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up, widened
 from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import VOCAB, write_safetensors, write_tiny
@@ -55,7 +54,6 @@ from modules.messages import Constraint, Loading, Sampling
 CACHE_BITS = {"Q8": (8, 8), "Q6": (8, 4), "Q4": (4, 4)}
 NGRAM_TOKENS = 3  # the shortest repetition from which the n-gram speculation continues
 WARM_UP_TOKENS = 8
-MAX_TOKENIZERS = 4  # that are kept for a swap back; a large vocabulary takes a second
 LEAST_AGREEMENT = 0.5  # of the likeliest tokens with a quantized cache; random weights are the hardest case
 MUL1 = 0x83DCD12D  # marks the codebook that the converter uses
 
@@ -83,7 +81,6 @@ class ExLlamaV3Engine(ExLlamaEngine):
         self._draft_cache: Any = None
         self._generator: Any = None
         self._warmed: set[Any] = set()
-        self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
         gc.freeze()  # what is imported never becomes garbage, and the collections of each swap would walk through it
 
     def version(self) -> str:
@@ -113,7 +110,7 @@ class ExLlamaV3Engine(ExLlamaEngine):
             if options.draft_model:
                 self._load_draft(Path(options.draft_model), config)
         progress(Loading("warming", total, total))
-        self._tokenizer = self._tokenizer_of(read, config)
+        self._tokenizer = self._tokenizer_of(read, lambda: Tokenizer.from_config(config))
         self._generator = self._make_generator()
         if self._spec not in self._warmed:
             self._warm_up()
@@ -144,15 +141,6 @@ class ExLlamaV3Engine(ExLlamaEngine):
         self._draft_model = Model.from_config(config)
         self._draft_cache = self._make_cache(self._draft_model)
         self._load(self._draft_model)
-
-    def _tokenizer_of(self, read: Checkpoint, config: Any) -> Any:
-        """The model's tokenizer, kept as long as its files are the same; llguidance's tables hang on it too."""
-        if id(read) not in self._tokenizers:
-            self._tokenizers[id(read)] = (read, Tokenizer.from_config(config))  # holding `read` keeps the id its own
-        self._tokenizers.move_to_end(id(read))
-        while len(self._tokenizers) > MAX_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return self._tokenizers[id(read)][1]
 
     def _make_cache(self, model: Any) -> Any:
         assert self._spec is not None
