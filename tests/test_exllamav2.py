@@ -17,7 +17,15 @@ import pytest
 from PIL import Image, ImageDraw
 
 from modules.engines.exllama import widened
-from modules.errors import DoesNotFit, GenerateError, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
+from modules.errors import (
+    DoesNotFit,
+    GenerateError,
+    InvalidRequest,
+    LoadError,
+    ModelFilesUnsafe,
+    ModelNotDownloaded,
+    TurntableError,
+)
 from modules.loader import Loader
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
@@ -378,6 +386,37 @@ def test_a_lora_changes_the_answers_as_much_as_its_scale_says(begin, models: Pat
 def test_an_option_that_cannot_work_is_an_error_in_words(begin, models: Path, options: tuple, words: str) -> None:
     with pytest.raises(LoadError, match=words):
         begin().load(spec_of(models / "exl2", options=options), quiet)
+
+
+def edited(folder: Path, place: Path, **config: object) -> Path:
+    """A copy of a model with other values in its config.json."""
+    shutil.copytree(folder, place)
+    said = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**said, **config}))
+    return place
+
+
+def test_a_draft_model_is_judged_as_a_model_is(begin, models: Path, tmp_path: Path) -> None:
+    unknown = edited(models / "fp16", tmp_path / "a", architectures=["Llama4ForCausalLM"], auto_map={"AutoModel": "x"})
+    larger = edited(models / "fp16", tmp_path / "b", vocab_size=384)
+    pickle = edited(models / "fp16", tmp_path / "c")
+    (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
+    process = begin()
+    for folder, error, words in (
+        (unknown, ModelFilesUnsafe, "Llama4ForCausalLM brings Python code"), (pickle, ModelFilesUnsafe, "pickles"),
+        (larger, LoadError, "larger vocabulary"), (tmp_path / "gone", ModelNotDownloaded, "not there"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            process.load(spec_of(models / "exl2", options=(("draft_model", str(folder)),)), quiet)
+    # What only an answer needs it may lack, and what other tools write is mended for it too.
+    rope = {"type": "linear", "rope_type": "linear", "factor": 1.0}
+    plain = edited(models / "fp16", tmp_path / "d", eos_token_id=None, rope_scaling=rope)
+    (plain / "tokenizer_config.json").unlink()
+    process.load(spec_of(models / "fp16"), quiet)
+    alone = ask(process, "Hi").text
+    process.unload()
+    process.load(spec_of(models / "fp16", options=(("draft_model", str(plain)),)), quiet)
+    assert ask(process, "Hi").text == alone
 
 
 def test_a_lora_with_a_pickle_is_refused(begin, models: Path, tmp_path: Path) -> None:

@@ -59,7 +59,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the folder holds. stop_ids are token ids, weights the safetensors files that belong to the model."""
+    """What the folder holds. stop_ids are token ids, weights the safetensors files that belong to the model.
+
+    vocabulary is how many tokens it has, 0 where config.json does not say.
+    """
 
     folder: Path
     architecture: str
@@ -75,6 +78,7 @@ class Checkpoint:
     special_tokens: tuple[str, ...]
     max_position_embeddings: int
     vision: bool
+    vocabulary: int
     repairs: tuple[str, ...] = ()
     mended: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -84,9 +88,10 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.weights)
 
 
-def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
+def read_checkpoint(folder: Path, rules: Rules, *, answers: bool = True) -> Checkpoint:
     """Read and judge a folder.
 
+    answers False is for a draft model, which only guesses tokens: it needs no template, no end and no eyes.
     Raises ModelNotDownloaded, ModelFilesDamaged, ModelFilesUnsafe, or LoadError for a
     model that the engine cannot run; each says what to do.
     """
@@ -106,10 +111,10 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
         )
     _check_gptq(config, quantization, folder.name)
     _check_rope(config, rules, folder.name)
-    vision = architecture in rules.vision and any(name.startswith(TOWERS) for name in tensors)
+    vision = answers and architecture in rules.vision and any(name.startswith(TOWERS) for name in tensors)
     tokens = _json(folder / "tokenizer_config.json") or {}
     special, ids = _special_tokens(folder, tokens)
-    template = _template(folder, tokens, special)
+    template = _template(folder, tokens, special) if answers else ""
     preprocessor = (_json(folder / "preprocessor_config.json") or {}) if vision else {}
     if vision and not preprocessor:
         raise ModelFilesDamaged(
@@ -123,9 +128,11 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
     text = config.get("text_config") or {}
     return Checkpoint(
         folder=folder, architecture=architecture, quantization=quantization, config=config, preprocessor=preprocessor,
-        weights=weights, tensors=tensors, stop_ids=_stop_ids(config, generation, tokens, template, ids),
+        weights=weights, tensors=tensors,
+        stop_ids=_stop_ids(config, generation, tokens, template, ids) if answers else (),
         template=template, bos_token=_token(tokens.get("bos_token")), eos_token=_token(tokens.get("eos_token")),
         special_tokens=special, vision=vision, repairs=repairs, mended=mended,
+        vocabulary=_whole(config, text, "vocab_size"),
         max_position_embeddings=_whole(config, text, "max_position_embeddings"),
     )  # fmt: skip
 

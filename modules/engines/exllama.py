@@ -144,6 +144,7 @@ class ExLlamaEngine:
         self._options = Options()
         self._context = 0
         self._embeddings: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._draft_folder: Path | None = None
         self._views = 0
         self._folders: OrderedDict[tuple[Any, ...], tuple[Checkpoint, ChatTemplate, Path]] = OrderedDict()
         self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
@@ -216,6 +217,7 @@ class ExLlamaEngine:
                 f"The context size is {spec.context}, and the model was made for {checkpoint.max_position_embeddings}.",
                 hint="Make the preset's context smaller.",
             )
+        self._draft_folder = self._read_draft(Path(self._options.draft_model).expanduser(), checkpoint)
         self._spec, self._checkpoint, self._context = spec, checkpoint, pages_up(spec.context)
         try:
             self._open(folder, progress)
@@ -228,16 +230,29 @@ class ExLlamaEngine:
             raise known from None
         return spec.context
 
-    def _read(self, folder: Path) -> tuple[Checkpoint, ChatTemplate, Path]:
+    def _read_draft(self, folder: Path, main: Checkpoint) -> Path | None:
+        """The folder of the draft model for the library, judged as the model's own is; None without one."""
+        if not self._options.draft_model:
+            return None
+        draft, _, place = self._read(folder, answers=False)
+        if main.vocabulary and draft.vocabulary > main.vocabulary:
+            # Its guesses are looked up in the model's embedding, where there is no check on the card.
+            raise LoadError(
+                f"{folder.name} has a larger vocabulary than the model, so it cannot guess its tokens.",
+                hint="Take a draft model of the same family.",
+            )
+        return place
+
+    def _read(self, folder: Path, *, answers: bool = True) -> tuple[Checkpoint, ChatTemplate, Path]:
         """A folder's checkpoint, its compiled template and the folder for the library.
 
         Kept for the swap back, because reading a large vocabulary takes a tenth of a second; a folder in which
         anything changed is read again.
         """
-        stamp = _stamp(folder)
+        stamp = (answers, *_stamp(folder))
         known = self._folders.get(stamp)
         if known is None:
-            checkpoint = read_checkpoint(folder, self.rules)
+            checkpoint = read_checkpoint(folder, self.rules, answers=answers)
             for repair in checkpoint.repairs:
                 _say(repair)
             template = ChatTemplate(

@@ -114,7 +114,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         options, checkpoint = self._options, self._checkpoint
         if any(name.startswith("model.language_model.") for name in checkpoint.tensors):
             raise LoadError(
-                f"{folder.name} names its tensors in the newer way, which ExLlamaV2 cannot read.",
+                f"{checkpoint.folder.name} names its tensors in the newer way, which ExLlamaV2 cannot read.",
                 hint="Take an EXL2 model, or one saved with transformers before 4.52.",
             )
         if checkpoint.vision and options.draft_model:
@@ -139,8 +139,8 @@ class ExLlamaV2Engine(ExLlamaEngine):
         else:
             self._load_fast(models, options.split_gb(), tell)
             self._cache = kind(self._model, max_seq_len=self._cache_tokens())
-        if options.draft_model:
-            self._load_draft(Path(options.draft_model), kind)
+        if self._draft_folder is not None:
+            self._load_draft(self._draft_folder, kind)
         weights_s = time.monotonic() - began
         progress(Loading("warming", total, total))
         self._tokenizer = self._tokenizer_of(checkpoint, lambda: ExLlamaV2Tokenizer(config))

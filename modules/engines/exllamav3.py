@@ -107,8 +107,8 @@ class ExLlamaV3Engine(ExLlamaEngine):
             self._model = Model.from_config(config)
             self._cache = self._make_cache(self._model)
             self._load(self._model)
-            if options.draft_model:
-                self._load_draft(Path(options.draft_model), config)
+            if self._draft_folder is not None:
+                self._load_draft(self._draft_folder)
         progress(Loading("warming", total, total))
         self._tokenizer = self._tokenizer_of(read, lambda: Tokenizer.from_config(config))
         self._generator = self._make_generator()
@@ -130,14 +130,8 @@ class ExLlamaV3Engine(ExLlamaEngine):
         else:
             model.load(device="cuda:0", **common)
 
-    def _load_draft(self, folder: Path, main: Any) -> None:
+    def _load_draft(self, folder: Path) -> None:
         config = Config.from_directory(str(folder))
-        if config.vocab_size > main.vocab_size:
-            # Its guesses are looked up in the model's embedding, where there is no check on the card.
-            raise LoadError(
-                f"{folder.name} has a larger vocabulary than the model, so it cannot guess its tokens.",
-                hint="Take a draft model of the same family.",
-            )
         self._draft_model = Model.from_config(config)
         self._draft_cache = self._make_cache(self._draft_model)
         self._load(self._draft_model)
