@@ -180,6 +180,17 @@ def _normal(rng: np.random.Generator, size: int) -> tuple[np.ndarray[Any, Any], 
     return np.tile(numbers.astype(np.float16).view(np.uint8), 4), 64
 
 
+def _brain(rng: np.random.Generator, size: int) -> tuple[np.ndarray[Any, Any], int]:
+    """The same in BF16, which is the upper half of single precision."""
+    numbers = rng.standard_normal(size // 8, dtype=np.float32) * DEVIATION
+    return np.tile((numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8), 4), 64
+
+
+def _brain_ones(rng: np.random.Generator, size: int) -> tuple[np.ndarray[Any, Any], int]:
+    del rng
+    return np.full(size // 16, 0x3F80, np.uint16).view(np.uint8), 2
+
+
 def _ones(rng: np.random.Generator, size: int) -> tuple[np.ndarray[Any, Any], int]:
     del rng
     return np.ones(size // 16, np.float16).view(np.uint8), 2
@@ -203,7 +214,8 @@ def _blocks(kind: str, rng: np.random.Generator, size: int) -> tuple[np.ndarray[
 
 
 _POOLS: dict[str, Callable[[np.random.Generator, int], tuple[np.ndarray[Any, Any], int]]] = {
-    "bits": _bits, "normal": _normal, "F16": _normal, "ones": _ones,
+    "bits": _bits, "normal": _normal, "F16": _normal, "ones": _ones, "BF16": _brain,
+    "BF16 ones": _brain_ones,
 }  # fmt: skip
 
 
@@ -366,6 +378,10 @@ def _half(name: str, *shape: int, source: str = "normal") -> Tensor:
     return Tensor(name, "F16", shape, 2 * math.prod(shape), source)
 
 
+def _brain_tensor(name: str, *shape: int, source: str = "BF16") -> Tensor:
+    return Tensor(name, "BF16", shape, 2 * math.prod(shape), source)
+
+
 def folder_tensors(recipe: Recipe, matrix: Callable[[str, int, int], Iterator[Tensor]], fused: bool) -> list[Tensor]:
     """All tensors of a Hugging Face style checkpoint in file order. matrix makes a layer's or the head's weight."""
     shape = recipe.shape
@@ -391,21 +407,21 @@ def folder_tensors(recipe: Recipe, matrix: Callable[[str, int, int], Iterator[Te
 
 
 def tower_tensors(tower: VisionShape) -> Iterator[Tensor]:
-    """Qwen2.5-VL's vision tower in half precision."""
+    """Qwen2.5-VL's vision tower in BF16: that is how it is published, and the EXL2 converter copies it as it is."""
     h, i, merged = tower.hidden, tower.intermediate, tower.hidden * tower.merge**2
-    yield _half("visual.patch_embed.proj.weight", h, 3, tower.temporal, tower.patch, tower.patch)
+    yield _brain_tensor("visual.patch_embed.proj.weight", h, 3, tower.temporal, tower.patch, tower.patch)
     sides = (("attn.qkv", 3 * h, h), ("attn.proj", h, h), ("mlp.gate_proj", i, h), ("mlp.up_proj", i, h),
              ("mlp.down_proj", h, i))  # fmt: skip
     for block in range(tower.depth):
         for name, columns, rows in sides:
-            yield _half(f"visual.blocks.{block}.{name}.weight", columns, rows)
-            yield _half(f"visual.blocks.{block}.{name}.bias", columns)
+            yield _brain_tensor(f"visual.blocks.{block}.{name}.weight", columns, rows)
+            yield _brain_tensor(f"visual.blocks.{block}.{name}.bias", columns)
         for name in ("norm1", "norm2"):
-            yield _half(f"visual.blocks.{block}.{name}.weight", h, source="ones")
-    yield _half("visual.merger.ln_q.weight", h, source="ones")
+            yield _brain_tensor(f"visual.blocks.{block}.{name}.weight", h, source="BF16 ones")
+    yield _brain_tensor("visual.merger.ln_q.weight", h, source="BF16 ones")
     for name, columns, rows in (("mlp.0", merged, merged), ("mlp.2", tower.out, merged)):
-        yield _half(f"visual.merger.{name}.weight", columns, rows)
-        yield _half(f"visual.merger.{name}.bias", columns)
+        yield _brain_tensor(f"visual.merger.{name}.weight", columns, rows)
+        yield _brain_tensor(f"visual.merger.{name}.bias", columns)
 
 
 def make_folder(recipe: Recipe, out: Path, bpw: float | None, head_bits: int) -> list[Piece]:

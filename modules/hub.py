@@ -66,12 +66,9 @@ class _Library:
     """The hub library's names, imported with the first of them."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("constants", "errors"):  # modules, which may be there only once somebody has imported them
+            return importlib.import_module(f"huggingface_hub.{name}")
         return getattr(importlib.import_module("huggingface_hub"), name)
-
-    @property
-    def errors(self) -> Any:
-        """Its exceptions, a module of their own."""
-        return importlib.import_module("huggingface_hub.errors")
 
     @property
     def transport_error(self) -> type[Exception]:

@@ -999,7 +999,10 @@ def nominal(kind: str, bpw: float, name: str = "") -> Quantization:
 
 
 def setup_of(variant: Variant, gpus: int = 1) -> Setup:
-    """How a preset's variant would run. Raises ValueError for a variant without a shape."""
+    """How a preset's variant would run, with the draft model where its folder is there.
+
+    Raises ValueError for a variant without a shape.
+    """
     if variant.shape is None:
         raise ValueError(f"{variant.title} has no shape in its preset")
     shape = known_shape(f"{variant.repo}-{variant.path}", variant.shape, variant.max_position_embeddings)
@@ -1022,7 +1025,19 @@ def setup_of(variant: Variant, gpus: int = 1) -> Setup:
         gpus=gpus,
         vision=bool(variant.projector) if quantization.kind == "gguf" else shape.vision is not None,
         max_pixels=options.max_pixels or MAX_PIXELS,
+        draft=_draft_of(options.draft_model, variant.engine),
     )
+
+
+def _draft_of(folder: str, engine: str) -> Setup | None:
+    """The draft model in this folder; None where there is none that can be read: its load will say what is wrong."""
+    if not folder:
+        return None
+    try:
+        found = read_folder(Path(folder).expanduser())
+    except (OSError, ModelFilesDamaged, ValueError, TypeError, AttributeError, ArithmeticError):
+        return None
+    return Setup(found.shape, found.quantization, engine)
 
 
 SIZE_TOLERANCE = 0.03

@@ -15,6 +15,7 @@ from modules.errors import LoadError, ModelFilesDamaged, ModelFilesUnsafe, Model
 RULES = Rules(
     "ExLlamaV2", frozenset({"LlamaForCausalLM", "Qwen2_5_VLForConditionalGeneration"}),
     frozenset({"exl2", "gptq", "fp16"}), vision=frozenset({"Qwen2_5_VLForConditionalGeneration"}),
+    ropes=frozenset({"default", "yarn", "mrope"}), processors=frozenset({"Qwen2VLImageProcessor"}),
 )  # fmt: skip
 ROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
 
@@ -72,6 +73,16 @@ def test_the_format_is_told_by_the_tensors(tmp_path: Path, name: str, kind: str)
         ({"eos_token_id": ..., "weights": ("a.trellis",)}, LoadError, "EXL3 format, which ExLlamaV2 cannot read"),
         ({"quantization_config": {"quant_method": "awq"}, "weights": ("a.other",)}, LoadError, "AWQ"),
         ({"quantization_config": {"bits": 8}, "weights": ("a.qweight",)}, LoadError, "GPTQ with 8 bits"),
+        ({"quantization_config": {"quant_method": "awq"}, "weights": ("a.qweight",)}, LoadError, "the AWQ format"),
+        ({"quantization_config": {"quant_method": "Marlin"}, "weights": ("a.qweight",)}, LoadError, "the MARLIN"),
+        ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}, "weights": ("a.qweight",)},
+         LoadError, "GPTQ in the packing marlin"),
+        ({"quantization_config": {"bits": 4, "is_marlin_format": True}, "weights": ("a.qweight",)},
+         LoadError, "GPTQ in the packing marlin"),
+        ({"quantization_config": "x"}, ModelFilesDamaged, "quantization_config"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, LoadError, "rope_scaling of the type ntk"),
+        ({"text_config": {"rope_parameters": {"rope_type": "ntk"}}}, LoadError, "rope_scaling of the type ntk"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24]}}, LoadError, "yarn together with mrope"),
     ],
 )
 def test_what_the_engine_cannot_run_is_refused_with_its_reason(
@@ -80,6 +91,24 @@ def test_what_the_engine_cannot_run_is_refused_with_its_reason(
     with pytest.raises(error, match=words) as caught:
         read_checkpoint(model(tmp_path / "m", **config), RULES)
     assert caught.value.hint
+
+
+def test_plain_gptq_is_read_and_awq_is_known_by_its_older_file_too(tmp_path: Path) -> None:
+    for said in ({}, {"quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}}):
+        folder = model(tmp_path / "m", weights=("a.qweight",), **said)
+        assert read_checkpoint(folder, RULES).quantization == "gptq"
+    folder = model(tmp_path / "old", weights=("a.qweight",))
+    write(folder, "quant_config.json", {"w_bit": 4, "version": "GEMM"})
+    with pytest.raises(LoadError, match="the AWQ format"):
+        read_checkpoint(folder, RULES)
+
+
+def test_an_image_processor_that_the_engine_does_not_know_is_refused(tmp_path: Path) -> None:
+    assert seeing(tmp_path / "fast", image_processor_type="Qwen2VLImageProcessorFast").vision
+    for kind, words in (("SiglipImageProcessor", "SiglipImageProcessor"), (..., "none")):
+        with pytest.raises(LoadError, match=f"pictures with {words}; ExLlamaV2 knows Qwen2VL") as caught:
+            seeing(tmp_path / "m", image_processor_type=kind)
+        assert "original model" in caught.value.hint
 
 
 def test_code_beside_a_known_architecture_is_only_ignored(tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from modules.errors import DoesNotFit, InvalidRequest, LoadError, ModelFilesUnsafe, TurntableError
+from modules.engines.exllama import widened
+from modules.errors import (
+    DoesNotFit,
+    InvalidRequest,
+    LoadError,
+    ModelFilesUnsafe,
+    ModelNotDownloaded,
+    TurntableError,
+)
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
 
@@ -164,6 +172,23 @@ def test_a_copy_in_page_locked_memory_gives_the_same_model(begin, models: Path) 
         assert ask(process, "Tell me something.").text == before
 
 
+def test_a_tokenizer_that_changed_on_the_disk_is_read_again(begin, models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models / "fp16", folder)
+    process, counts = begin(), []
+    for added in ((), ("hello w300",)):
+        table = json.loads((folder / "tokenizer.json").read_text())
+        table["added_tokens"] += [
+            {"id": 310, "content": text, "special": False, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False} for text in added
+        ]  # fmt: skip
+        (folder / "tokenizer.json").write_text(json.dumps(table))
+        for one in (process, begin()):
+            one.load(spec_of(folder), quiet)
+            counts.append(one.count_tokens(("hello w300",)))
+    assert counts[0] == counts[1] != counts[2] == counts[3] == (1,)
+
+
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
     process = begin()
     process.load(spec_of(models / "gptq"), quiet)
@@ -245,6 +270,39 @@ def test_the_demo_that_sees_answers_as_it_does_in_llama_cpp(begin, demo, tmp_pat
     assert answers[1][0] == "I see a blue square in the top left corner."
 
 
+def test_a_tower_in_bf16_has_a_page_locked_copy_too_and_sees_the_same(begin, demo, tmp_path: Path) -> None:
+    raw = (demo("vision") / "model.safetensors").read_bytes()
+    head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert {entry["dtype"] for name, entry in head.items() if name.startswith("visual.")} == {"BF16"}
+    process = begin(on_cpu(TURNTABLE_PINNED_BYTES=str(1 << 30)))
+    asked = (Message("user", "Describe the image.", (drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40))),)),)
+    for _ in range(2):
+        process.load(spec_of(demo("vision")), quiet)
+        assert ask(process, asked).text == "I see a blue square in the top left corner."
+        eventually(lambda: any("page-locked copy ready" in line for line in process.log), 20)
+        assert process.unload() == 0
+
+
+@pytest.mark.parametrize("max_pixels", [112 * 112, 1280 * 28 * 28])
+@pytest.mark.parametrize("size", [(8, 8), (10, 3000), (16384, 8), (16384, 90), (400, 20), (640, 480)])
+def test_a_picture_is_widened_until_its_sides_are_large_enough_at_any_size(size: tuple, max_pixels: int) -> None:
+    made = widened(Image.new("RGB", size, "red"), max_pixels)
+    width, height = made.size
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    assert scale * min(width, height) >= 32 and max(width, height) / min(width, height) < 200
+    assert (made.size == size) == (size == (640, 480) or (size, max_pixels) == ((16384, 90), 1280 * 28 * 28))
+    assert made.getpixel((width // 2, height // 2)) == (255, 0, 0)
+
+
+def test_small_and_narrow_pictures_are_seen_and_leave_the_conversation_whole(begin, demo, tmp_path: Path) -> None:
+    process = begin()
+    process.load(spec_of(demo("vision")), quiet)
+    for number, size in enumerate([(8, 8), (8, 400), (3000, 10), (16384, 8)]):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", size, "red").save(path)
+        assert ask(process, (Message("user", "Describe the image.", (str(path),)),)).text, size
+
+
 def test_a_picture_is_read_once_and_its_turn_is_not_read_again(begin, demo, tmp_path: Path) -> None:
     process = begin()
     process.load(spec_of(demo("vision")), quiet)
@@ -303,6 +361,37 @@ def test_a_lora_changes_the_answers_as_much_as_its_scale_says(begin, models: Pat
 def test_an_option_that_cannot_work_is_an_error_in_words(begin, models: Path, options: tuple, words: str) -> None:
     with pytest.raises(LoadError, match=words):
         begin().load(spec_of(models / "exl2", options=options), quiet)
+
+
+def edited(folder: Path, place: Path, **config: object) -> Path:
+    """A copy of a model with other values in its config.json."""
+    shutil.copytree(folder, place)
+    said = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**said, **config}))
+    return place
+
+
+def test_a_draft_model_is_judged_as_a_model_is(begin, models: Path, tmp_path: Path) -> None:
+    unknown = edited(models / "fp16", tmp_path / "a", architectures=["Llama4ForCausalLM"], auto_map={"AutoModel": "x"})
+    larger = edited(models / "fp16", tmp_path / "b", vocab_size=384)
+    pickle = edited(models / "fp16", tmp_path / "c")
+    (pickle / "model.safetensors").rename(pickle / "pytorch_model.bin")
+    process = begin()
+    for folder, error, words in (
+        (unknown, ModelFilesUnsafe, "Llama4ForCausalLM brings Python code"), (pickle, ModelFilesUnsafe, "pickles"),
+        (larger, LoadError, "larger vocabulary"), (tmp_path / "gone", ModelNotDownloaded, "not there"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            process.load(spec_of(models / "exl2", options=(("draft_model", str(folder)),)), quiet)
+    # What only an answer needs it may lack, and what other tools write is mended for it too.
+    rope = {"type": "linear", "rope_type": "linear", "factor": 1.0}
+    plain = edited(models / "fp16", tmp_path / "d", eos_token_id=None, rope_scaling=rope)
+    (plain / "tokenizer_config.json").unlink()
+    process.load(spec_of(models / "fp16"), quiet)
+    alone = ask(process, "Hi").text
+    process.unload()
+    process.load(spec_of(models / "fp16", options=(("draft_model", str(plain)),)), quiet)
+    assert ask(process, "Hi").text == alone
 
 
 def test_a_lora_with_a_pickle_is_refused(begin, models: Path, tmp_path: Path) -> None:

@@ -523,6 +523,9 @@ def test_the_demo_that_sees_answers_as_it_does_in_llama_cpp(begin, opened, model
     assert ask(process, second).end.counts.cached >= 16
     with pytest.raises(TurntableError):
         ask(process, (Message("user", "What?", (str(tmp_path / "gone.png"),)),))
+    for number, size in enumerate([(8, 8), (3000, 10)]):
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
+        assert ask(process, (Message("user", "Describe the image.", (str(tmp_path / f"{number}.png"),)),)).text
     assert process.unload() == 0
 
 
@@ -590,7 +593,7 @@ def test_smaller_cache_modes_take_less_memory(shared: EngineProcess, models: Pat
 
 
 def test_a_model_is_spread_over_cards_or_refused_where_it_does_not_fit(begin, models: Path) -> None:
-    process = begin(on_cpu(vram_bytes=400 << 20, TURNTABLE_TEST_CARDS="2"))
+    process = begin(on_cpu(vram_bytes=420 << 20, TURNTABLE_TEST_CARDS="2"))
     for split in ((), (("gpu_split", "auto"),)):
         with pytest.raises(DoesNotFit, match="does not fit"):
             process.load(spec_of(models / "exl3", options=(("cache_size", str(1 << 20)), *split)), quiet)

@@ -11,10 +11,10 @@ from .conftest import ROOT
 STAND_IN = ROOT / "tests" / "exllama_on_cpu"
 
 PROGRAM = """
-import itertools, os, sys, threading
+import itertools, json, os, sys, threading
 from pathlib import Path
 import numpy as np
-from modules.engines.tiny import write_tiny
+from modules.engines.tiny import write_safetensors, write_tiny
 import exllamav2
 import torch
 from exllamav2 import ExLlamaV2, ExLlamaV2Config, ext
@@ -52,11 +52,40 @@ def same(a, b):
         other = b[key]
         if tensor.dtype == torch.int32 and other.dtype == torch.int16:
             tensor = tensor.short()
-        assert torch.equal(tensor, other), key
+        bits = (lambda t: t.contiguous().view(torch.int16)) if tensor.dtype == torch.float16 else lambda t: t
+        assert tensor.dtype == other.dtype and torch.equal(bits(tensor), bits(other)), key  # NaN equals itself
     return len(a)
 
-for kind in ("exl2", "fp16", "gptq"):
-    folder = write_tiny(place / kind, quantization=kind)
+def stored_as(folder, dtype, of, name):
+    # The folder with its F16 tensors of these names in another type, and numbers among them that F16 cannot hold.
+    path = folder / name
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    tensors, edges = {}, [1e30, -7e4, 65519.0, 65520.0, 1e-7, -3e-8, 6e-5, float("inf"), float("nan")]
+    for key, entry in json.loads(raw[8:begin]).items():
+        first, last = (begin + at for at in entry["data_offsets"])
+        types = {"F16": np.float16, "I32": np.int32, "I16": np.int16}
+        values = np.frombuffer(raw[first:last], types[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "F16" and key.endswith(of):
+            values = values.astype(np.float32)
+            values.reshape(-1)[: len(edges)] = edges
+            values.reshape(-1)[len(edges):] *= 1.0009765625
+            tensors[key] = (dtype, values)
+        else:
+            tensors[key] = (entry["dtype"], values)
+    write_safetensors(path, tensors)
+    return folder
+
+write = {
+    "bf16": lambda: stored_as(write_tiny(place / "bf16"), "BF16", ".weight", "model.safetensors"),
+    "f32": lambda: stored_as(write_tiny(place / "f32"), "F32", "_proj.weight", "model.safetensors"),
+    "gptq-f32": lambda: stored_as(
+        write_tiny(place / "gptq-f32", quantization="gptq"), "F32", (".scales", "norm.weight"), "model.safetensors"),
+    "exl2-bf16": lambda: stored_as(
+        write_tiny(place / "exl2-bf16", quantization="exl2"), "BF16", ".weight", "output.safetensors"),
+}
+for kind in ("exl2", "fp16", "gptq", *write):
+    folder = write[kind]() if kind in write else write_tiny(place / kind, quantization=kind)
     stock = new(folder)
     stock.load()
     expected = held(stock)
@@ -65,6 +94,7 @@ for kind in ("exl2", "fp16", "gptq"):
         model = new(folder)
         model.set_device_map([99999])
         layout = lay_out([model])
+        assert {piece.dtype for _, piece in layout.pieces.values()} <= {torch.float16, torch.int32, torch.int16}
         copy = copies.find(layout)
         assert (copy is not None) == (source == "copy")
         steps = []

@@ -76,7 +76,7 @@ def digest(folder: Path) -> str:
 
 def tensors(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Every tensor of a folder of safetensors, read independently of the code under test."""
-    kinds = {"I32": "<i4", "I16": "<u2", "F16": "<f2"}
+    kinds = {"I32": "<i4", "I16": "<u2", "F16": "<f2", "BF16": "<u2"}
     found = {}
     for path in folder.glob("*.safetensors"):
         raw = path.read_bytes()
@@ -208,6 +208,19 @@ def test_half_precision_weights_are_finite_and_small(folder: Path) -> None:
         assert np.isfinite(data.astype(np.float32)).all()
         if data.ndim == 2:
             assert data.astype(np.float32).std() == pytest.approx(0.02, rel=0.05), name
+
+
+def test_a_vision_tower_is_in_bf16_as_the_published_ones_are(folder: Path) -> None:
+    make_model(Wanted("qwen25vl7", "exl2", bpw=4.5, **SMALL), folder)
+    raw = (folder / "output.safetensors").read_bytes()
+    head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    kinds = {name: entry["dtype"] for name, entry in head.items() if name.endswith((".weight", ".bias"))}
+    assert {kind for name, kind in kinds.items() if name.startswith("visual.")} == {"BF16"}
+    assert {kind for name, kind in kinds.items() if not name.startswith("visual.")} == {"F16"}
+    found = {name: (data.astype(np.uint32) << 16).view(np.float32) for name, data in tensors(folder).items()
+             if name.startswith("visual.")}  # fmt: skip
+    assert (found["visual.merger.ln_q.weight"] == 1).all()
+    assert found["visual.blocks.0.attn.qkv.weight"].std() == pytest.approx(0.02, rel=0.05)
 
 
 def scale_of(block: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -740,6 +740,28 @@ def test_options_of_a_variant_count() -> None:
     assert blind.gpu_bytes < plan_variant(variant).gpu_bytes
 
 
+def test_a_draft_model_counts_when_its_folder_is_there(tmp_path: Path) -> None:
+    variant = next(v for v in shipped() if v.engine == "exllamav2" and "VL" not in v.title)
+    folder = tmp_path / "draft"
+    drafted = replace(variant, options=Options(draft_model=str(folder)))
+    alone = plan_variant(variant)
+    assert plan_variant(drafted).gpu_bytes == alone.gpu_bytes  # nothing there, nothing to count
+    folder.mkdir()
+    folder_with(folder, ".q_weight", {"quantization_config": {"bits": 4.0}})
+    read = setup_of(drafted).draft
+    assert read is not None and (read.shape.layers, read.quantization.kind) == (2, "exl2")
+    planned = plan_variant(drafted)
+    ahead = planned.bytes_of("draft model")
+    keys = 2 * 2 * 16 * variant.context  # layers, heads, width: at least one byte each for a key and a value
+    assert ahead > keys
+    assert planned.gpu_bytes > alone.gpu_bytes and planned.gpu_bytes + planned.host_bytes == (
+        alone.gpu_bytes + alone.host_bytes + ahead
+    )
+    for broken in ("{", '{"hidden_size": []}'):
+        (folder / "config.json").write_text(broken)
+        assert setup_of(drafted).draft is None
+
+
 def test_a_variant_without_a_shape_cannot_be_planned() -> None:
     with pytest.raises(ValueError, match="no shape"):
         plan_variant(Variant("v", "Bare", "exllamav2", repo="a/b"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from modules.engines.templates import ChatTemplate
 from modules.errors import GenerateError, LoadError
 from modules.messages import Message
+
+from .conftest import ROOT
 
 CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -168,6 +173,69 @@ def test_hostile_templates_end_within_two_seconds_in_an_error_or_in_nothing(sour
     except (GenerateError, LoadError):
         pass
     assert time.monotonic() - began < 2.5
+
+
+LONG = "{% set s = 'a' * 1000000 %}"
+DOUBLED = "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(200) %}{% set ns.a = BUILT %}{% endfor %}"
+TOO_LONG = [
+    "{{ ['a' * 1000000] * 2000 }}", LONG + "{{ ([s] * 2000) | tojson }}", LONG + "{{ ([s] * 1000000) | tojson }}",
+    LONG + "{{ ([s] * 2000) | string | length }}", LONG + "{{ ([s] * 2000) ~ 'x' }}",
+    LONG + "{{ (s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s, s) | upper | length }}",
+    LONG + "{% set l = [s] * 10 %}{{ {'a': l, 'b': l} | tojson | length }}",
+    LONG + "{% set l = [s] * 10 %}{{ ', '.join([l, l]) | length }}",
+    LONG + "{% set l = [s] * 10 %}{{ [1, 2, 3] | map('default', l) | list }}{{ dict(a=l, b=l) }}",
+    "{{ ([range(99999)] * 99) | map('list') | list | length }}",
+    "{{ ([range(99999)] * 99) | map('list') | sort | length }}",
+    "{{ (['<' * 1000000] * 9) | map('forceescape') | list | length }}",
+    DOUBLED.replace("BUILT", "[ns.a, ns.a]") + "{{ ns.a }}", DOUBLED.replace("BUILT", "(ns.a, ns.a)") + "{{ ns.a }}",
+    DOUBLED.replace("BUILT", "{'a': ns.a, 'b': ns.a}") + "{{ ns.a | tojson }}",
+    DOUBLED.replace("BUILT", "dict(a=ns.a, b=ns.a)"), DOUBLED.replace("BUILT", "[ns.a.copy()] * 2"),
+    LONG + "{% set x = namespace(s='') %}{% set l = [x] * 1000000 %}{% set x.s = s %}{{ l | string | length }}",
+    "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) }}", "{{ ('\t' * 1000000).expandtabs(1000000) }}",
+    "{{ 'a'.encode().ljust(10000000000) }}", "{{ (5).to_bytes(10000000000, 'big') }}",
+]
+BUILD = """
+import json, resource, sys, time
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+from modules.engines.templates import ChatTemplate
+from modules.errors import GenerateError
+from modules.messages import Message
+for source in json.load(sys.stdin):
+    began = time.process_time()
+    try:
+        said = ChatTemplate(source).render([Message("user", "Hi")]).text[:80]
+    except GenerateError as error:
+        said = str(error)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    print(json.dumps([said, time.process_time() - began, used]))
+"""
+
+
+def test_what_would_take_gigabytes_as_text_is_refused_when_it_is_built() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD], input=json.dumps(TOO_LONG), cwd=ROOT, capture_output=True, text=True,
+        timeout=110, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(TOO_LONG)
+    for source, (said, spent_s, most_mb) in zip(TOO_LONG, told, strict=True):
+        # A slow machine may reach the limit of time first.
+        assert any(w in said for w in ("too long", "is not for templates", "longer than 1 s")), (source, said)
+        assert spent_s < 2 and most_mb < 400, (source, spent_s, most_mb)
+
+
+def test_long_conversations_and_what_templates_do_with_them_stay_within_the_limits() -> None:
+    source = (
+        "{%- set ns = namespace(all=[], last=0) -%}{%- for m in messages -%}{%- set ns.all = ns.all + [m] -%}"
+        "{%- if loop.index0 == messages|length - 1 -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+        "{{ messages[1:]|map(attribute='role')|unique|list|sort|join(',') }} {{ ns.last }} {{ ns.all|length }} "
+        "{% for key, value in {'b': 1, 'a': [1, (2, 3)]}.items() %}{{ key }}{{ value|tojson }}{% endfor %}"
+        "{{ {'b': [1], 'a': {}}|tojson(indent=2)|length }}{{ ns }}"
+    )
+    turns = [Message(role, "word " * 200) for _ in range(150) for role in ("user", "assistant")]
+    text = ChatTemplate(source).render(turns).text
+    assert text == 'assistant,user 299 300 b1a[1, [2, 3]]33<namespace>'
 
 
 def test_the_limits_leave_nothing_behind() -> None:

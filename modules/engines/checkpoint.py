@@ -23,8 +23,9 @@ MAX_JSON_BYTES = 64 << 20  # tokenizer.json of the largest vocabularies has 35 M
 MAX_HEADER_BYTES = 100 << 20
 AGAIN = "Download the model again, all of its files."
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Tensor name endings that tell the format, most telling first.
-SUFFIXES = (("exl3", ".trellis"), ("exl2", ".q_weight"), ("gptq", ".qweight"))
+# Tensor name endings of one format alone. GPTQ's, .qweight, is AWQ's and others' too: there config.json decides.
+SUFFIXES = (("exl3", ".trellis"), ("exl2", ".q_weight"))
+GPTQ_FORMATS = ("gptq", "gptq_v2")  # of checkpoint_format; others are packed for other kernels
 TOWERS = ("visual.", "model.visual.", "vision_tower.", "model.vision_tower.", "vision_model.")
 # Tokens that end a turn. They count where the model's own template or vocabulary has them.
 END_OF_TURN = (
@@ -42,7 +43,8 @@ class Rules:
     """What one engine can read: names of architectures and of quantization formats.
 
     vision names the architectures that may have a tower; mends says whether newer forms of
-    configurations have to be rewritten for it.
+    configurations have to be rewritten for it. ropes names the types of rope_scaling, processors
+    those of image_processor_type that it knows; empty ones are not checked.
     """
 
     engine: str
@@ -50,12 +52,17 @@ class Rules:
     quantizations: frozenset[str]
     vision: frozenset[str] = frozenset()
     mends: bool = True
+    ropes: frozenset[str] = frozenset()
+    processors: frozenset[str] = frozenset()
     instead: str = "Choose another variant on the Models page."
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the folder holds. stop_ids are token ids, weights the safetensors files that belong to the model."""
+    """What the folder holds. stop_ids are token ids, weights the safetensors files that belong to the model.
+
+    vocabulary is how many tokens it has, 0 where config.json does not say.
+    """
 
     folder: Path
     architecture: str
@@ -71,6 +78,7 @@ class Checkpoint:
     special_tokens: tuple[str, ...]
     max_position_embeddings: int
     vision: bool
+    vocabulary: int
     repairs: tuple[str, ...] = ()
     mended: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -80,9 +88,10 @@ class Checkpoint:
         return sum(path.stat().st_size for path in self.weights)
 
 
-def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
+def read_checkpoint(folder: Path, rules: Rules, *, answers: bool = True) -> Checkpoint:
     """Read and judge a folder.
 
+    answers False is for a draft model, which only guesses tokens: it needs no template, no end and no eyes.
     Raises ModelNotDownloaded, ModelFilesDamaged, ModelFilesUnsafe, or LoadError for a
     model that the engine cannot run; each says what to do.
     """
@@ -94,17 +103,18 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
     weights = _weights(folder)
     tensors = frozenset(name for path in weights for name in header(path) if name != "__metadata__")
     architecture = _architecture(config, rules)
-    quantization = _quantization(config, tensors)
+    quantization = _quantization(folder, config, tensors)
     if quantization not in rules.quantizations:
         raise LoadError(
             f"{folder.name} is in the {quantization.upper()} format, which {rules.engine} cannot read.",
             hint=f"{rules.engine} reads {', '.join(sorted(q.upper() for q in rules.quantizations))}. {rules.instead}",
         )
-    _check_bits(config, quantization, folder.name)
-    vision = architecture in rules.vision and any(name.startswith(TOWERS) for name in tensors)
+    _check_gptq(config, quantization, folder.name)
+    _check_rope(config, rules, folder.name)
+    vision = answers and architecture in rules.vision and any(name.startswith(TOWERS) for name in tensors)
     tokens = _json(folder / "tokenizer_config.json") or {}
     special, ids = _special_tokens(folder, tokens)
-    template = _template(folder, tokens, special)
+    template = _template(folder, tokens, special) if answers else ""
     preprocessor = (_json(folder / "preprocessor_config.json") or {}) if vision else {}
     if vision and not preprocessor:
         raise ModelFilesDamaged(
@@ -112,13 +122,17 @@ def read_checkpoint(folder: Path, rules: Rules) -> Checkpoint:
             hint=AGAIN,
         )
     mended, repairs = mend(config, preprocessor) if rules.mends else ({}, ())
+    if vision:
+        _check_processor(mended.get("preprocessor_config.json", preprocessor), rules, folder.name)
     generation = _json(folder / "generation_config.json") or {}
     text = config.get("text_config") or {}
     return Checkpoint(
         folder=folder, architecture=architecture, quantization=quantization, config=config, preprocessor=preprocessor,
-        weights=weights, tensors=tensors, stop_ids=_stop_ids(config, generation, tokens, template, ids),
+        weights=weights, tensors=tensors,
+        stop_ids=_stop_ids(config, generation, tokens, template, ids) if answers else (),
         template=template, bos_token=_token(tokens.get("bos_token")), eos_token=_token(tokens.get("eos_token")),
         special_tokens=special, vision=vision, repairs=repairs, mended=mended,
+        vocabulary=_whole(config, text, "vocab_size"),
         max_position_embeddings=_whole(config, text, "max_position_embeddings"),
     )  # fmt: skip
 
@@ -279,19 +293,61 @@ def _architecture(config: dict[str, Any], rules: Rules) -> str:
     raise LoadError(f"{rules.engine} does not know the architecture {names[0]}.", hint=rules.instead)
 
 
-def _quantization(config: dict[str, Any], tensors: frozenset[str]) -> str:
+def _quantization(folder: Path, config: dict[str, Any], tensors: frozenset[str]) -> str:
+    method = _said_of_quantization(config).get("quant_method")
     for name, suffix in SUFFIXES:
         if any(tensor.endswith(suffix) for tensor in tensors):
             return name
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return str(method).lower() if method else "fp16"
+    if method:
+        return str(method).lower()
+    if not any(tensor.endswith(".qweight") for tensor in tensors):
+        return "fp16"
+    # Before quant_method there was quant_config.json for AWQ, and quantize_config.json for GPTQ.
+    return "awq" if (folder / "quant_config.json").is_file() else "gptq"
 
 
-def _check_bits(config: dict[str, Any], quantization: str, name: str) -> None:
-    bits = (config.get("quantization_config") or {}).get("bits")
-    if quantization == "gptq" and bits not in (None, 4):
+def _said_of_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    said = config.get("quantization_config") or {}
+    if not isinstance(said, dict):
+        raise ModelFilesDamaged("config.json is damaged: its quantization_config is no table.", hint=AGAIN)
+    return said
+
+
+def _check_gptq(config: dict[str, Any], quantization: str, name: str) -> None:
+    if quantization != "gptq":
+        return
+    said = _said_of_quantization(config)
+    bits, packing = said.get("bits"), said.get("checkpoint_format") or "gptq"
+    if said.get("is_marlin_format"):
+        packing = "marlin"
+    wrong = f"with {bits} bits; only 4 bits" if bits not in (None, 4) else ""
+    if not wrong and packing not in GPTQ_FORMATS:
+        wrong = f"in the packing {packing}; only {' and '.join(GPTQ_FORMATS)}"
+    if wrong:
+        raise LoadError(f"{name} is GPTQ {wrong} can be read.", hint="Take its EXL2, or a plain 4-bit GPTQ model.")
+
+
+def _check_rope(config: dict[str, Any], rules: Rules, name: str) -> None:
+    """A type of rope_scaling that a library does not know is passed over by it, and the positions are wrong."""
+    for table in (config, config.get("text_config")):
+        scaling = (table.get("rope_scaling") or table.get("rope_parameters")) if isinstance(table, dict) else None
+        if not isinstance(scaling, dict) or not rules.ropes:
+            continue
+        kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+        both = rules.mends and "mrope_section" in scaling and kind not in ("default", "mrope")
+        if kind not in rules.ropes or both:
+            what = f"{kind} together with mrope_section" if both else kind
+            raise LoadError(
+                f"{name} has rope_scaling of the type {what}, which {rules.engine} does not know.", hint=rules.instead
+            )
+
+
+def _check_processor(preprocessor: dict[str, Any], rules: Rules, name: str) -> None:
+    kind = str(preprocessor.get("image_processor_type") or "none")
+    if rules.processors and kind not in rules.processors:
         raise LoadError(
-            f"{name} is GPTQ with {bits} bits; only 4 bits can be read.", hint="Take its EXL2, or a 4-bit GPTQ model."
+            f"{name} prepares its pictures with {kind}; {rules.engine} knows {', '.join(sorted(rules.processors))}.",
+            hint="Take preprocessor_config.json from the repository of the original model, or another variant.",
         )
 
 

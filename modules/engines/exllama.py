@@ -12,12 +12,13 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import os
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,13 @@ from modules.messages import Constraint, Counts, Delta, EngineSpec, Failed, Fini
 PAGE_TOKENS = 256  # both libraries' caches come in pages of this many tokens
 DEFAULT_CHUNK_TOKENS = 2048
 DEFAULT_MAX_PIXELS = 1280 * 28 * 28  # about 1,280 tokens of a picture
+# Qwen's picture processors refuse sides below 28 pixels (32 for Qwen3-VL), and one side 200 times the other.
+MIN_SIDE_PX, MAX_RATIO = 32, 190.0
 MAX_EMBEDDINGS = 64
 MAX_EMBEDDING_BYTES = 512 << 20
 MAX_SCHEMA_BYTES = 256 << 10
 MAX_FOLDERS = 16  # whose checkpoints are kept read
+MAX_TOKENIZERS = 4  # that are kept for a swap back; a large vocabulary takes a second
 
 
 @dataclass
@@ -140,8 +144,10 @@ class ExLlamaEngine:
         self._options = Options()
         self._context = 0
         self._embeddings: OrderedDict[str, tuple[Any, int]] = OrderedDict()
+        self._draft_folder: Path | None = None
         self._views = 0
         self._folders: OrderedDict[tuple[Any, ...], tuple[Checkpoint, ChatTemplate, Path]] = OrderedDict()
+        self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
 
     # What a library's adapter provides -------------------------------------------------
 
@@ -211,6 +217,7 @@ class ExLlamaEngine:
                 f"The context size is {spec.context}, and the model was made for {checkpoint.max_position_embeddings}.",
                 hint="Make the preset's context smaller.",
             )
+        self._draft_folder = self._read_draft(Path(self._options.draft_model).expanduser(), checkpoint)
         self._spec, self._checkpoint, self._context = spec, checkpoint, pages_up(spec.context)
         try:
             self._open(folder, progress)
@@ -223,16 +230,29 @@ class ExLlamaEngine:
             raise known from None
         return spec.context
 
-    def _read(self, folder: Path) -> tuple[Checkpoint, ChatTemplate, Path]:
+    def _read_draft(self, folder: Path, main: Checkpoint) -> Path | None:
+        """The folder of the draft model for the library, judged as the model's own is; None without one."""
+        if not self._options.draft_model:
+            return None
+        draft, _, place = self._read(folder, answers=False)
+        if main.vocabulary and draft.vocabulary > main.vocabulary:
+            # Its guesses are looked up in the model's embedding, where there is no check on the card.
+            raise LoadError(
+                f"{folder.name} has a larger vocabulary than the model, so it cannot guess its tokens.",
+                hint="Take a draft model of the same family.",
+            )
+        return place
+
+    def _read(self, folder: Path, *, answers: bool = True) -> tuple[Checkpoint, ChatTemplate, Path]:
         """A folder's checkpoint, its compiled template and the folder for the library.
 
         Kept for the swap back, because reading a large vocabulary takes a tenth of a second; a folder in which
         anything changed is read again.
         """
-        stamp = _stamp(folder)
+        stamp = (answers, *_stamp(folder))
         known = self._folders.get(stamp)
         if known is None:
-            checkpoint = read_checkpoint(folder, self.rules)
+            checkpoint = read_checkpoint(folder, self.rules, answers=answers)
             for repair in checkpoint.repairs:
                 _say(repair)
             template = ChatTemplate(
@@ -247,6 +267,15 @@ class ExLlamaEngine:
                 self._folders.popitem(last=False)
         self._folders.move_to_end(stamp)
         return known
+
+    def _tokenizer_of(self, read: Checkpoint, make: Callable[[], Any]) -> Any:
+        """The model's tokenizer, kept as long as its files are the same; llguidance's tables hang on it too."""
+        if id(read) not in self._tokenizers:
+            self._tokenizers[id(read)] = (read, make())  # holding `read` keeps the id its own
+        self._tokenizers.move_to_end(id(read))
+        while len(self._tokenizers) > MAX_TOKENIZERS:
+            self._tokenizers.popitem(last=False)
+        return self._tokenizers[id(read)][1]
 
     def _explain_load(self, error: Exception, checkpoint: Checkpoint) -> TurntableError:
         if isinstance(error, TurntableError):
@@ -440,6 +469,37 @@ class ExLlamaEngine:
                 hint="Close other programs that use the card, send a smaller picture, or take a smaller context.",
             )
         return GenerateError(f"{self.rules.engine} failed: {_short(error)}")
+
+
+def widened(picture: Any, max_pixels: int) -> Any:
+    """The picture (of Pillow, RGB), with white beside it where it is too narrow, and larger where it is too small.
+
+    Afterwards no side is below MIN_SIDE_PX, also when the picture is made smaller to max_pixels.
+    """
+    from PIL import Image, ImageOps
+
+    ratio = min(MAX_RATIO, 0.9 * max_pixels / MIN_SIDE_PX**2)  # at max_pixels the shorter side is sqrt(pixels / ratio)
+    least = math.ceil(max(picture.size) / max(1.0, ratio))
+    width, height = (max(side, least) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = ImageOps.pad(picture, (width, height), color="white")
+    scale = MIN_SIDE_PX / min(width, height)
+    if scale <= 1:
+        return picture
+    size = (math.ceil(width * scale), math.ceil(height * scale))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def clear_workspaces() -> None:
+    """Free what cuBLAS keeps on the cards for its matrix products, 8 to 32 MB on each. Only while no model is loaded.
+
+    PyTorch counts it as allocated for the life of the process (its issue 95668), so that it looks like a leak.
+    """
+    import torch
+
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:  # PyTorch for the CPU has none
+        clear()
 
 
 def check_constraint(constraint: Constraint) -> None:

@@ -43,9 +43,9 @@ from PIL import Image
 from modules.engines.attention import correct, correct_merger
 from modules.engines.base import Progress
 from modules.engines.checkpoint import Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, grammar, pages_up
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up, widened
 from modules.engines.fastload import Feeder, HostCopies, Layout, lay_out
-from modules.engines.selftest import TOKENS, Report, close_enough
+from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import write_tiny
 from modules.errors import InvalidRequest, LoadError, ModelFilesUnsafe
 from modules.messages import EngineSpec, Loading, Sampling
@@ -63,6 +63,9 @@ ARCHITECTURES = (
 RULES = Rules(
     "ExLlamaV2", frozenset(ARCHITECTURES), frozenset({"exl2", "gptq", "fp16"}),
     vision=frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"}),
+    # dynamic scales only beyond max_position_embeddings, and no context is larger than that.
+    ropes=frozenset({"default", "linear", "su", "longrope", "yarn", "llama3", "mrope", "dynamic"}),
+    processors=frozenset({"Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"}),
     instead="EXL3 models and newer architectures need ExLlamaV3; choose another variant on the Models page.",
 )  # fmt: skip
 # Elements dequantized at once. The stock 512 Mi make the scratch memory as large as the output head, 1 GiB; the
@@ -96,7 +99,6 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._copies = HostCopies(int(os.environ.get("TURNTABLE_PINNED_BYTES", "0")))
         self._in_use: list[tuple[Any, ...]] = []
         self._warmed: set[EngineSpec] = set()
-        self._tokenizers: dict[str, Any] = {}
         self._busy_s = 0.0
 
     def version(self) -> str:
@@ -112,7 +114,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         options, checkpoint = self._options, self._checkpoint
         if any(name.startswith("model.language_model.") for name in checkpoint.tensors):
             raise LoadError(
-                f"{folder.name} names its tensors in the newer way, which ExLlamaV2 cannot read.",
+                f"{checkpoint.folder.name} names its tensors in the newer way, which ExLlamaV2 cannot read.",
                 hint="Take an EXL2 model, or one saved with transformers before 4.52.",
             )
         if checkpoint.vision and options.draft_model:
@@ -137,12 +139,11 @@ class ExLlamaV2Engine(ExLlamaEngine):
         else:
             self._load_fast(models, options.split_gb(), tell)
             self._cache = kind(self._model, max_seq_len=self._cache_tokens())
-        if options.draft_model:
-            self._load_draft(Path(options.draft_model), kind)
+        if self._draft_folder is not None:
+            self._load_draft(self._draft_folder, kind)
         weights_s = time.monotonic() - began
         progress(Loading("warming", total, total))
-        self._tokenizer = self._tokenizers.get(str(checkpoint.folder)) or ExLlamaV2Tokenizer(config)
-        self._tokenizers = {**self._tokenizers, str(checkpoint.folder): self._tokenizer}
+        self._tokenizer = self._tokenizer_of(checkpoint, lambda: ExLlamaV2Tokenizer(config))
         self._load_loras()
         self._generator = self._make_generator()
         if self._spec not in self._warmed:
@@ -181,11 +182,6 @@ class ExLlamaV2Engine(ExLlamaEngine):
         for model in models:
             rest = model.set_device_map(rest)  # what the tower leaves is for the model
         layout = lay_out(models)
-        if any(piece.dtype in (torch.bfloat16, torch.float32) for _, piece in layout.pieces.values()):
-            # The library converts these to half precision: copies of its own, so views would only cost memory.
-            for model in models:
-                model.load(split, callback=tell)
-            return
         copy = self._copies.find(layout)
         self._blocks += self._feeder.load(layout, copy, tell)
         for model in models:
@@ -291,6 +287,7 @@ class ExLlamaV2Engine(ExLlamaEngine):
         self._model = self._tower = self._cache = self._tokenizer = self._draft_model = self._draft_cache = None
         self._blocks, self._in_use = [], []
         gc.collect()
+        clear_workspaces()
 
     # Answers -----------------------------------------------------------------------------
 
@@ -301,12 +298,12 @@ class ExLlamaV2Engine(ExLlamaEngine):
         return int(self._tokenizer.encode(text, add_bos=False, encode_special_tokens=False).shape[-1]) if text else 0
 
     def _embed(self, path: str) -> tuple[Any, int]:
-        with Image.open(path) as picture:
-            picture.load()
-            embedding = self._tower.get_image_embeddings(
-                model=self._model, tokenizer=self._tokenizer, image=picture.convert("RGB"),
-                text_alias=f"<|picture-{os.urandom(8).hex()}|>",
-            )  # fmt: skip
+        with Image.open(path) as opened:
+            picture = widened(opened.convert("RGB"), self._tower.config.vision_max_pixels)
+        embedding = self._tower.get_image_embeddings(
+            model=self._model, tokenizer=self._tokenizer, image=picture,
+            text_alias=f"<|picture-{os.urandom(8).hex()}|>",
+        )  # fmt: skip
         return embedding, int(embedding.get_size_in_bytes())
 
     def _make_job(self, answer: Answer, ids: Any, pictures: list[Any], max_new_tokens: int) -> Any:
@@ -454,6 +451,7 @@ def self_test(report: Report, place: Path) -> None:
             report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, ExLlamaV2Cache))
         for name, kind in CACHES.items():
             report.check(f"cache mode {name}", partial(_at_once, place / "exl2", kind, loose=True))
+        report.check("memory", partial(nothing_left, partial(_causal, place / "exl2")))
 
 
 def _logits(folder: Path, kind: Any, parts: list[Any]) -> Any:
@@ -471,6 +469,7 @@ def _logits(folder: Path, kind: Any, parts: list[Any]) -> Any:
         model.unload()
         del cache, model
         gc.collect()
+        clear_workspaces()
 
 
 def _text() -> Any:

@@ -16,7 +16,6 @@ import json
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,9 +43,9 @@ from exllamav3.util.tensor import g_tensor_cache
 from PIL import Image
 
 from modules.engines.base import Progress
-from modules.engines.checkpoint import Checkpoint, Rules
-from modules.engines.exllama import Answer, ExLlamaEngine, grammar, pages_up
-from modules.engines.selftest import TOKENS, Report, close_enough
+from modules.engines.checkpoint import Rules
+from modules.engines.exllama import Answer, ExLlamaEngine, clear_workspaces, grammar, pages_up, widened
+from modules.engines.selftest import TOKENS, Report, close_enough, nothing_left
 from modules.engines.tiny import VOCAB, write_safetensors, write_tiny
 from modules.errors import InvalidRequest, LoadError
 from modules.messages import Constraint, Loading, Sampling
@@ -55,7 +54,6 @@ from modules.messages import Constraint, Loading, Sampling
 CACHE_BITS = {"Q8": (8, 8), "Q6": (8, 4), "Q4": (4, 4)}
 NGRAM_TOKENS = 3  # the shortest repetition from which the n-gram speculation continues
 WARM_UP_TOKENS = 8
-MAX_TOKENIZERS = 4  # that are kept for a swap back; a large vocabulary takes a second
 LEAST_AGREEMENT = 0.5  # of the likeliest tokens with a quantized cache; random weights are the hardest case
 MUL1 = 0x83DCD12D  # marks the codebook that the converter uses
 
@@ -83,7 +81,6 @@ class ExLlamaV3Engine(ExLlamaEngine):
         self._draft_cache: Any = None
         self._generator: Any = None
         self._warmed: set[Any] = set()
-        self._tokenizers: OrderedDict[int, tuple[Checkpoint, Any]] = OrderedDict()
         gc.freeze()  # what is imported never becomes garbage, and the collections of each swap would walk through it
 
     def version(self) -> str:
@@ -110,10 +107,10 @@ class ExLlamaV3Engine(ExLlamaEngine):
             self._model = Model.from_config(config)
             self._cache = self._make_cache(self._model)
             self._load(self._model)
-            if options.draft_model:
-                self._load_draft(Path(options.draft_model), config)
+            if self._draft_folder is not None:
+                self._load_draft(self._draft_folder)
         progress(Loading("warming", total, total))
-        self._tokenizer = self._tokenizer_of(read, config)
+        self._tokenizer = self._tokenizer_of(read, lambda: Tokenizer.from_config(config))
         self._generator = self._make_generator()
         if self._spec not in self._warmed:
             self._warm_up()
@@ -133,26 +130,11 @@ class ExLlamaV3Engine(ExLlamaEngine):
         else:
             model.load(device="cuda:0", **common)
 
-    def _load_draft(self, folder: Path, main: Any) -> None:
+    def _load_draft(self, folder: Path) -> None:
         config = Config.from_directory(str(folder))
-        if config.vocab_size > main.vocab_size:
-            # Its guesses are looked up in the model's embedding, where there is no check on the card.
-            raise LoadError(
-                f"{folder.name} has a larger vocabulary than the model, so it cannot guess its tokens.",
-                hint="Take a draft model of the same family.",
-            )
         self._draft_model = Model.from_config(config)
         self._draft_cache = self._make_cache(self._draft_model)
         self._load(self._draft_model)
-
-    def _tokenizer_of(self, read: Checkpoint, config: Any) -> Any:
-        """The model's tokenizer, kept as long as its files are the same; llguidance's tables hang on it too."""
-        if id(read) not in self._tokenizers:
-            self._tokenizers[id(read)] = (read, Tokenizer.from_config(config))  # holding `read` keeps the id its own
-        self._tokenizers.move_to_end(id(read))
-        while len(self._tokenizers) > MAX_TOKENIZERS:
-            self._tokenizers.popitem(last=False)
-        return self._tokenizers[id(read)][1]
 
     def _make_cache(self, model: Any) -> Any:
         assert self._spec is not None
@@ -213,12 +195,20 @@ class ExLlamaV3Engine(ExLlamaEngine):
 
     def _embed(self, path: str) -> tuple[Any, int]:
         with Image.open(path) as opened:
-            picture = capped(opened.convert("RGB"), self._options.max_pixels)
+            picture = capped(widened(opened.convert("RGB"), self._max_pixels()), self._options.max_pixels)
         embedding = self._tower.get_image_embeddings(
             tokenizer=self._tokenizer, image=picture, text_alias=f"<|picture-{os.urandom(8).hex()}|>"
         )
         held = [t for t in (embedding.embeddings, *(embedding.deepstack_embeddings or ())) if t is not None]
         return embedding, sum(t.element_size() * t.numel() for t in held)
+
+    def _max_pixels(self) -> int:
+        """Pixels of a picture: the preset's limit, or the model's where that is lower."""
+        assert self._checkpoint is not None
+        said = self._checkpoint.preprocessor
+        size = said.get("size")
+        own = [said.get("max_pixels"), size.get("longest_edge") if isinstance(size, dict) else None]
+        return min([self._options.max_pixels, *(pixels for pixels in own if isinstance(pixels, int) and pixels > 0)])
 
     def _make_job(self, answer: Answer, ids: Any, pictures: list[Any], max_new_tokens: int) -> Any:
         request = answer.request
@@ -289,9 +279,7 @@ def release_leftovers() -> None:
     library_attention._block_tables.clear()
     triton_paged._h32_cache.clear()
     recurrent_util._slot_tensors.clear()
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
-    if clear is not None:  # PyTorch for the CPU has none
-        clear()
+    clear_workspaces()
 
 
 def sampler(sampling: Sampling) -> Any:
@@ -352,6 +340,7 @@ def self_test(report: Report, place: Path) -> None:
             report.check(f"{quantization}: at once as one by one", partial(_at_once, folder, "FP16"))
         for mode in CACHE_BITS:
             report.check(f"cache mode {mode}", partial(_at_once, folders["exl3"], mode, loose=True))
+        report.check("memory", partial(nothing_left, partial(_causal, folders["exl3"])))
 
 
 def write_exl3(folder: Path, *, bits: int = 4, seed: int = 1) -> Path:

@@ -48,7 +48,8 @@ class Piece:
     """One tensor: where it lies in its file and in its section's memory.
 
     derived names what is computed from EXL2's q_invperm and q_groups instead of read: "perm", "invperm" or "map".
-    The library computes them at every load, and waits for the whole card when it does.
+    The library computes them at every load, and waits for the whole card when it does. stored is the type in the file
+    of a tensor that is brought to half precision on its way, BF16 or F32; size and dtype are those after it.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Piece:
     dtype: torch.dtype
     shape: tuple[int, ...]
     derived: str = ""
+    stored: torch.dtype | None = None
 
 
 @dataclass
@@ -126,14 +128,24 @@ def lay_out(models: Sequence[Any]) -> Layout:
 
 
 def _pieces(key: str, tensors: list[tuple[str, str, dict[str, Any]]]) -> Iterator[Piece]:
-    """The tensors of one weight; for EXL2, what is derived from q_invperm takes its place."""
+    """The tensors of one weight; for EXL2, what is derived from q_invperm takes its place.
+
+    What load_weight in module.py takes to half precision is F16 here already: the weights and biases that are not
+    quantized, as a vision tower's always are, and GPTQ's scales.
+    """
+    quantized = any(name in (f"{key}.q_weight", f"{key}.qweight") for _, name, _ in tensors)
     for path, name, entry in tensors:
         shape = tuple(entry["shape"])
         if name == f"{key}.q_invperm":
             for derived, count in (("perm", shape[0]), ("invperm", shape[0]), ("map", 2 * shape[0])):
                 yield Piece(path, f"{key}.#{derived}", entry["at"], 0, 2 * count, torch.int16, (count,), derived)
+            continue
+        dtype, size = DTYPES[entry["dtype"]], entry["size"]
+        if dtype in (torch.bfloat16, torch.float32) and (not quantized or name == f"{key}.scales"):
+            half = 2 * size // dtype.itemsize
+            yield Piece(path, name, entry["at"], 0, half, torch.float16, shape, stored=dtype)
         else:
-            yield Piece(path, name, entry["at"], 0, entry["size"], DTYPES[entry["dtype"]], shape)
+            yield Piece(path, name, entry["at"], 0, size, dtype, shape)
 
 
 def derive(piece: Piece, invperm: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], rows: int) -> bytes:
@@ -199,6 +211,9 @@ class Reader:
                 jobs.append(self._pool.submit(self._derive, piece, skipped, part))
                 continue
             for at in range(0, len(part), READ_BYTES):
+                if piece.stored is not None:
+                    jobs.append(self._pool.submit(_fill_half, piece, skipped + at, part[at : at + READ_BYTES]))
+                    continue
                 place = piece.file_offset + skipped + at
                 jobs.append(self._pool.submit(_fill, piece.path, place, part[at : at + READ_BYTES]))
         for job in jobs:
@@ -232,6 +247,15 @@ def _fill(path: str, place: int, memory: memoryview) -> None:
             if not size:
                 raise OSError(f"{Path(path).name} ended while it was read")
             done += size
+
+
+def _fill_half(piece: Piece, skipped: int, memory: memoryview) -> None:
+    """Part of a BF16 or F32 tensor in half precision, as Tensor.half() gives it: what is too large becomes infinite."""
+    assert piece.stored is not None
+    width = piece.stored.itemsize
+    raw = bytearray(len(memory) // 2 * width)
+    _fill(piece.path, piece.file_offset + skipped // 2 * width, memoryview(raw))
+    torch.frombuffer(memory, dtype=torch.float16).copy_(torch.frombuffer(raw, dtype=piece.stored))
 
 
 class HostCopy:

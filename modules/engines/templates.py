@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import json
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,14 @@ import jinja2
 from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from modules.errors import GenerateError, LoadError
 from modules.messages import Message
 
 TIME_LIMIT_S = 1.0
 SIZE_LIMIT = 16 << 20  # characters
-WIDTH_LIMIT = 1_000_000  # characters or elements of one padded, repeated or joined piece
+WIDTH_LIMIT = 1_000_000  # characters of one padded or repeated text, elements of one list with all that lies in it
 LARGEST = 1 << 62  # of whole numbers: the time of arithmetic grows with their length
 THINK = "<think>"
 # What a template writes where a picture belongs; the engine puts the picture's own tokens there.
@@ -59,8 +61,94 @@ def _concat(pieces: Iterable[Any]) -> str:
     return "".join(kept)
 
 
+# The classes of the views themselves: asking for the abstract ones takes most of the time of weighing.
+GATHERING: tuple[Any, ...] = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+
+
+def _weigh(value: Any) -> tuple[int, int]:
+    """Characters and elements of a value and of all that lies in it, each as often as it lies there.
+
+    A template builds a list of a thousand times the same long text for nothing, and one call that turns it into text
+    takes gigabytes. Raises TooMuch as soon as it is too much.
+    """
+    size = count = 0
+    left = [value]
+    while left:
+        one = left.pop()
+        count += 1
+        if isinstance(one, str):
+            size += len(one)
+        elif isinstance(one, int):
+            size += one.bit_length() // 3
+        elif isinstance(one, dict):
+            left.extend(one.keys())
+            left.extend(one.values())
+        elif isinstance(one, GATHERING):
+            left.extend(one)
+        _check_weight(size, count + len(left))
+    return size, count
+
+
+def _check_weight(size: int, count: int) -> None:
+    if size > SIZE_LIMIT or count > WIDTH_LIMIT:
+        raise TooMuch("it builds something that is too long")
+
+
+def _bounded(value: Any) -> Any:
+    """The value, which is not too large. Nothing can be put into a list later, so what is built is looked at once."""
+    _weigh(value)
+    return value
+
+
+def _list(value: Iterable[Any]) -> list[Any]:
+    """The list of what an iterator gives, weighed while it grows."""
+    kept: list[Any] = []
+    size = count = 0
+    for item in value:
+        more = _weigh(item)
+        size, count = size + more[0], count + more[1]
+        _check_weight(size, count)
+        kept.append(item)
+    return kept
+
+
+def _bounding(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that gathers only what is not too large, and gives back nothing that is."""
+
+    @functools.wraps(filter_)  # jinja2 marks filters by attributes
+    def bounding(*args: Any, **more: Any) -> Any:
+        given = (_list(arg) if isinstance(arg, Iterator) else arg for arg in args)
+        return _bounded(filter_(*given, **more))
+
+    return bounding
+
+
+class _Namespace(Namespace):
+    """The one thing that a template can change; its text is not its contents, which can be anything by then."""
+
+    def __repr__(self) -> str:
+        return "<namespace>"
+
+
 class _Generator(CodeGenerator):
-    """Compiles the ~ operator to the limited join; jinja2's own is not open to the sandbox."""
+    """Compiles the ~ operator to the limited join and bounds lists and tables; neither is open to the sandbox."""
+
+    def visit_List(self, node: Any, frame: Any) -> None:
+        self._bound(super().visit_List, node, frame)
+
+    def visit_Dict(self, node: Any, frame: Any) -> None:
+        self._bound(super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node: Any, frame: Any) -> None:
+        if node.ctx == "load":
+            self._bound(super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def _bound(self, visit: Callable[[Any, Any], None], node: Any, frame: Any) -> None:
+        self.write("environment.bounded(")
+        visit(node, frame)
+        self.write(")")
 
     def visit_Concat(self, node: Any, frame: Any) -> None:
         self.write("environment.concat((")
@@ -74,6 +162,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "%", "+"])
     code_generator_class = _Generator
     concat = staticmethod(_concat)
+    bounded = staticmethod(_bounded)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sides = (left, right)
@@ -88,14 +177,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 raise TooMuch("it multiplies beyond measure")
         if operator == "+" and sum(sized) > (SIZE_LIMIT if isinstance(left, str) else WIDTH_LIMIT):
             raise TooMuch("it builds something that is too long")
-        return super().call_binop(context, operator, left, right)
+        return _bounded(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # jinja2's own names
         name, text = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
-        if name in ("format", "format_map"):
-            raise SecurityError("format is not for templates")
+        if name in ("format", "format_map", "translate", "expandtabs", "encode", "to_bytes"):
+            raise SecurityError(f"{name} is not for templates")
         if isinstance(text, str):
-            if name in ("center", "ljust", "rjust", "zfill", "expandtabs") and any(
+            if name in ("center", "ljust", "rjust", "zfill") and any(
                 isinstance(a, int) and a > WIDTH_LIMIT for a in (*args, *kwargs.values())
             ):
                 raise TooMuch("it pads a text too far")
@@ -103,7 +192,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
                 _check_replace(text, *args[:2])
             if name == "join":
                 return _join(args[0] if args else (), text)
-        return super().call(__context, __obj, *args, **kwargs)
+        return _bounded(super().call(__context, __obj, *args, **kwargs))
 
 
 def _check_replace(text: str, old: Any = "", new: Any = "") -> None:
@@ -126,12 +215,23 @@ def _join(pieces: Iterable[Any], between: str = "", attribute: str | None = None
     return _concat(parts)
 
 
+# Filters that give one element after another, and those that only count or pick: they build nothing.
+LAZY = frozenset({
+    "map", "select", "selectattr", "reject", "rejectattr", "items", "length", "count", "first", "last", "default", "d",
+    "attr", "list", "join",
+})  # fmt: skip
+
+
 def _environment() -> _Sandbox:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters.update(tojson=_tojson, replace=_replace, join=_join)
+    environment.filters.update(tojson=_tojson, replace=_replace, join=_join, list=_list)
     # None is used by chat templates, and some reach further than a template should, or write without measure.
     for name in ("center", "format", "xmlattr", "pprint", "random", "urlize", "wordwrap", "indent", "sum"):
         environment.filters.pop(name, None)
+    for name, filter_ in environment.filters.items():
+        if name not in LAZY:
+            environment.filters[name] = _bounding(filter_)
+    environment.globals["namespace"] = _Namespace
     for name in ("lipsum", "cycler", "joiner"):
         environment.globals.pop(name, None)
     environment.globals["raise_exception"] = _raise
@@ -141,7 +241,8 @@ def _environment() -> _Sandbox:
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **unused: Any) -> str:
     """Without the escaping for HTML that jinja2's own filter does: models were trained on plain JSON."""
-    return json.dumps(value, ensure_ascii=bool(ensure_ascii), indent=min(int(indent), 8) if indent else None)
+    encoder = json.JSONEncoder(ensure_ascii=bool(ensure_ascii), indent=min(int(indent), 8) if indent else None)
+    return _concat(encoder.iterencode(value))  # piece by piece: the depth multiplies the indentation
 
 
 def _raise(message: str) -> None:

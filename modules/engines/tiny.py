@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2, 256, 512, 4, 2, 64, 320
-DTYPES = {"F16": np.float16, "I32": np.int32, "I16": np.int16}
+DTYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I16": np.int16}
 # The loud weights of a trained model are missing here, so the deviation is larger than in one: logits must differ.
 DEVIATION = 0.05
 
@@ -87,17 +87,23 @@ def _weight(
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, Any]]) -> None:
-    """Write tensors, given as their type (F16, I32 or I16) and their values, into one file."""
+    """Write tensors, given as their type (F32, BF16, F16, I32 or I16) and their values, into one file."""
     head: dict[str, Any] = {}
     parts, at = [], 0
     for name, (dtype, values) in tensors.items():
-        data = np.ascontiguousarray(values.astype(DTYPES[dtype])).tobytes()
+        data = (bfloat16(values) if dtype == "BF16" else np.ascontiguousarray(values.astype(DTYPES[dtype]))).tobytes()
         head[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [at, at + len(data)]}
         parts.append(data)
         at += len(data)
     text = json.dumps(head).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
+def bfloat16(values: Any) -> Any:
+    """Numbers in BF16, as the upper halves of single precision, rounded to the nearest even; unsigned 16-bit."""
+    bits = np.ascontiguousarray(values.astype(np.float32)).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _write_tokenizer(folder: Path) -> None:

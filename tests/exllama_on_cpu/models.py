@@ -116,7 +116,7 @@ def _tower(path: Path, config: dict[str, Any], folder: Path, least_merger: int) 
         "min_pixels": side * side, "max_pixels": side * side, "image_mean": list(said["clip.vision.image_mean"]),
         "image_std": list(said["clip.vision.image_std"]),
     }))  # fmt: skip
-    return {name: ("F16", values) for name, values in out.items()}
+    return {name: ("BF16", values) for name, values in out.items()}  # as it is in the real models, EXL2 ones among them
 
 
 def _tokenizer(said: dict[str, Any], folder: Path, template: str) -> None:

@@ -5,7 +5,8 @@ copy of its own, that says `device` cuda:0 while the mode is on; what is compute
 bytes count as allocated, in steps of 512 as in PyTorch, until the last reference to its storage is gone: so
 `torch.cuda.memory_allocated()` tells of every reference that was kept. What `empty_cache()` has not given back yet
 counts in `memory_reserved()` and is missing from `mem_get_info()`. An allocation beyond TURNTABLE_TEST_VRAM_BYTES
-(for each of TURNTABLE_TEST_CARDS cards; 24 GiB unless said) raises torch.OutOfMemoryError.
+(for each of TURNTABLE_TEST_CARDS cards; 24 GiB unless said) raises torch.OutOfMemoryError. The first matrix product
+on a card leaves a workspace of cuBLAS there, as in PyTorch, until torch._C._cuda_clearCublasWorkspaces().
 
 Not shown: streams and events do nothing, so what only their order can break is not seen; tensors of different
 devices may be mixed; what one PyTorch function allocates inside itself and frees again is not counted.
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 CARDS = int(os.environ.get("TURNTABLE_TEST_CARDS", "1"))
 VRAM_BYTES = int(os.environ.get("TURNTABLE_TEST_VRAM_BYTES", str(24 << 30)))
 STEP_BYTES = 512
+WORKSPACE_BYTES = 8519680  # what PyTorch gives cuBLAS on cards before Hopper; pytorch issue 95668
 REAL_DEVICE = torch.device
 CPU = REAL_DEVICE("cpu")
 
@@ -39,6 +41,7 @@ class Memory:
         self.used = [0] * CARDS
         self.most = [0] * CARDS
         self.reserved = [0] * CARDS
+        self.workspaces: set[int] = set()  # cards that have one
 
     def holds(self, tensor: torch.Tensor) -> int | None:
         """The card of a tensor; None for the CPU."""
@@ -60,15 +63,29 @@ class Memory:
             return
         self.check(card, size)
         self.sizes[identity] = (card, size)
+        self._use(card, size)
+        # PyTorch keeps the Python object of a storage as long as the storage itself, so this tells of its true end.
+        weakref.finalize(storage, self.drop, identity).atexit = False
+
+    def _use(self, card: int, size: int) -> None:
         self.used[card] += size
         self.most[card] = max(self.most[card], self.used[card])
         self.reserved[card] = max(self.reserved[card], self.used[card])
-        # PyTorch keeps the Python object of a storage as long as the storage itself, so this tells of its true end.
-        weakref.finalize(storage, self.drop, identity).atexit = False
 
     def drop(self, identity: int) -> None:
         card, size = self.sizes.pop(identity)
         self.used[card] -= size
+
+    def add_workspace(self, card: int) -> None:
+        if card not in self.workspaces:
+            self.check(card, WORKSPACE_BYTES)
+            self.workspaces.add(card)
+            self._use(card, WORKSPACE_BYTES)
+
+    def clear_workspaces(self) -> None:
+        for card in self.workspaces:
+            self.used[card] -= WORKSPACE_BYTES
+        self.workspaces.clear()
 
     def give_back(self) -> None:
         self.reserved = list(self.used)
@@ -143,6 +160,13 @@ SPECIAL: dict[Any, Callable[..., Any]] = {
 }  # fmt: skip
 
 
+# Matrix products, by each name under which a mode hears of them.
+PRODUCTS = frozenset([
+    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.nn.functional.linear,
+    torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm,
+])  # fmt: skip
+
+
 class PretendCards(TorchFunctionMode):
     """Sends what names a card to the CPU, and counts it."""
 
@@ -163,6 +187,9 @@ class PretendCards(TorchFunctionMode):
         elif not MEMORY.sizes:
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func in PRODUCTS:
+            for held in {MEMORY.holds(tensor) for tensor in _tensors(args)} - {None}:
+                MEMORY.add_workspace(held)
         if isinstance(result, (torch.Tensor, tuple, list)):
             self._place(result, list(_tensors((args, kwargs))), card)
         return result
@@ -312,6 +339,7 @@ def install() -> None:
     }  # fmt: skip
     for name, value in replaced.items():
         setattr(cuda, name, value)
+    torch._C._cuda_clearCublasWorkspaces = MEMORY.clear_workspaces
     torch.device = Device  # type: ignore[misc, assignment]
     PretendCards().__enter__()
     _on_every_thread()

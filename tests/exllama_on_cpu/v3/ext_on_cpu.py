@@ -23,10 +23,7 @@ import torch
 from pretend_cuda import install
 
 install()
-# What this library asks of a card beyond what pretend_cuda.py knows: to keep a budget, and whether its memory is the
-# host's. The budget is not kept.
-for card in range(torch.cuda.device_count()):
-    torch.cuda.get_device_properties(card).is_integrated = False
+# What this library asks of a card beyond what pretend_cuda.py knows: to keep a budget. It is not kept.
 torch.cuda.set_per_process_memory_fraction = lambda fraction, device=None: None
 
 FUSED_SAMPLER_MAX_BLOCKS, FUSED_SAMPLER_HIST_STRIDE = 128, 2 * 1024 * 12 + 64
