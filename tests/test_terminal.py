@@ -158,3 +158,19 @@ def test_the_plan_of_a_person_is_for_the_cards_of_the_machine(tmp_path: Path) ->
     )  # fmt: skip
     first, second = re.findall(r"^Card \d: (.+)$", done.stdout, re.MULTILINE)
     assert not first.startswith("Does not fit") and second.startswith("Does not fit")
+
+
+def test_repositories_are_planned_and_downloaded_by_a_fresh_program(hub, tmp_path: Path) -> None:
+    """The hub library is imported late, and its parts are there only for who asks for them."""
+    variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, str(ROOT / "app.py"), *arguments, "--data-dir", str(tmp_path / "data")]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=60)
+        return f"{done.returncode} {done.stdout} {done.stderr}"
+
+    assert run("plan", "maker/model-exl2@4_25").startswith("0 maker/model-exl2@4_25")
+    assert "no revision nowhere" in run("plan", "maker/model-exl2@nowhere")
+    said = run("download", "maker/model-exl2@4_25")
+    assert said.startswith("0 ") and "done" in said
+    assert (tmp_path / "data" / "models" / "model-exl2-4_25" / "config.json").is_file()
