@@ -198,12 +198,12 @@ class Loader:
         """End every child. Leases that still run see their engine crash."""
         with self._see:
             self._closed = True
-            processes = [r.process for r in self._residents.values()] + list(self._idle.values())
             if self._starting:
                 self._starting.abort()
             self._residents.clear()
             self._idle.clear()
             self._see.notify_all()
+            processes = list(self._children)
         for process in processes:
             process.stop()
 
@@ -342,10 +342,20 @@ class Loader:
             log.warning("%d MB stayed in use after an unload; the engine's process is replaced", left >> 20)
             process.stop()
         else:
-            with self._see:
-                self._idle[process.kind.name] = process
+            self._park(process)
 
-    def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+    def _park(self, process: EngineProcess) -> None:
+        """Keep a child without a model for the next one.
+
+        One of each kind: every further one would hold a CUDA context and page-locked memory for nothing.
+        """
+        with self._see:
+            kept = not self._closed and self._idle.setdefault(process.kind.name, process) is process
+        if not kept:
+            process.stop()
+
+    def _take_child(self, ticket: _Ticket, spec: EngineSpec) -> tuple[EngineProcess, float]:
+        """The idle child of the kind or a new one, and when that began. From here on it is the one that starts."""
         kind, began = self._kinds[spec.engine], time.monotonic()
         with self._see:
             process = self._idle.pop(kind.name, None)
@@ -357,6 +367,14 @@ class Loader:
         with self._see:
             self._children = [child for child in self._children if child.alive and child is not process] + [process]
             self._starting = process
+            closed = self._closed
+        if closed:  # close() has ended the others already
+            process.stop()
+            raise LeaseCancelled
+        return process, began
+
+    def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+        process, began = self._take_child(ticket, spec)
         ready = None
         try:
             if ticket.cancelled.is_set() and spec == ticket.spec:
@@ -367,8 +385,7 @@ class Loader:
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
             if ready is None and self._is_clean(process, error):
-                with self._see:
-                    self._idle[kind.name] = process
+                self._park(process)
             else:
                 process.stop()
             if ticket.cancelled.is_set() and spec == ticket.spec:
@@ -426,6 +443,8 @@ class Loader:
                 if resident.process is process:
                     del self._residents[spec]
                     self._crashes.setdefault(spec, []).append(time.monotonic())
+            if self._idle.get(process.kind.name) is process:
+                del self._idle[process.kind.name]
             self._see.notify_all()
         process.stop()
         for line in list(process.log)[-8:]:

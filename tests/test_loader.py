@@ -194,6 +194,47 @@ def test_close_ends_every_child(make_loader, plan):
         pass
 
 
+def test_children_whose_models_made_room_together_are_ended_but_one(make_loader, plan):
+    loader = make_loader(vram_budget_bytes=100)
+    small, big = [plan(name, "card", bytes=30) for name in "abc"], plan("d", "card", bytes=95)
+    for _ in range(2):
+        for spec in small:
+            with loader.lease(spec, needs_bytes=30):
+                pass
+        assert len(children()) == 3
+        with loader.lease(big, needs_bytes=95) as engine:
+            assert children() == {engine.pid} and say(engine) == 3
+    with loader.lease(small[0], needs_bytes=30) as again:
+        assert again.pid == engine.pid
+    # Also where the load fails for which they made room, and the last of them comes back.
+    for spec in small:
+        with loader.lease(spec, needs_bytes=30):
+            pass
+    broken = plan("broken", "card", bytes=0, fault="load_error")
+    with pytest.raises(LoadError, match="broken"), loader.lease(broken, needs_bytes=95):
+        pass
+    assert sorted(held(loader)) == ["a", "b", "c"] and len(children()) == 3
+
+
+def test_close_ends_a_child_that_is_starting_and_no_other_takes_its_place(make_loader, plan):
+    loader, outcome = make_loader(budget=150), []
+    with loader.lease(plan("a", bytes=100), needs_bytes=100):
+        plan("a", bytes=100, load_s=20)  # were it loaded again, that would show
+
+    def swap():
+        try:
+            with loader.lease(plan("b", bytes=100, load_s=20), needs_bytes=100):
+                outcome.append("loaded")
+        except (EngineCrashed, LeaseCancelled):
+            outcome.append("ended")
+
+    thread = in_thread(swap)
+    eventually(lambda: loader.snapshot().progress is not None and loader.snapshot().progress.stage == "reading")
+    loader.close()
+    thread.join(8)
+    assert outcome == ["ended"] and children() == set()
+
+
 def test_many_swaps_leave_nothing_behind(make_loader, plan):
     loader = make_loader(budget=150)
     specs = [plan(name, bytes=100) for name in "ab"]
