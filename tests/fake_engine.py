@@ -1,8 +1,9 @@
 """An engine without a model, timing-true, with faults on order. It enters by the front door: `--engine fake=...`.
 
 The "model file" is a small JSON file that says how to behave:
-{"load_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000, "text": "...",
- "after": 3, "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
+{"load_s": 0, "count_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000,
+ "text": "...", "after": 3, "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage,
+ error_after}
 A user message "say N" answers with N tokens; "echo" repeats the message; otherwise `text` is the answer.
 """
 
@@ -52,6 +53,7 @@ class FakeEngine:
         return spec.context
 
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
+        time.sleep(float(self.plan.get("count_s", 0)))
         return tuple(len(WORD.findall(text)) for text in texts)
 
     def start(self, request: Start, emit: Emit) -> None:

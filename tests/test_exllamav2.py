@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from modules.loader import Loader
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
 
-from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
+from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually, in_thread
 from .contract import Contract, Subject, ask
 from .demo_answers import ASKS, answers, expected
 
@@ -180,6 +181,22 @@ def test_many_swaps_between_two_models_change_nothing_and_leave_nothing(begin, m
         text = ask(process, "Hi").text
         assert first.setdefault(spec, text) == text
         assert process.unload() == 0
+
+
+def test_a_cancel_that_overtakes_its_answer_is_not_lost(begin, models: Path) -> None:
+    process = begin()
+    process.load(spec_of(models / "exl2"), quiet)
+    words = ("some words " * 200,) * 200
+    counting = in_thread(lambda: process.count_tokens(words))
+    time.sleep(0.05)
+    heard = []
+    warm = Sampling(temperature=1.5, seed=0, max_tokens=900)
+    answering = in_thread(lambda: heard.append(ask(process, "Tell me.", "b", sampling=warm)))
+    time.sleep(0.02)
+    process.cancel("b")
+    answering.join(60)
+    counting.join(60)
+    assert heard[0].end.reason == "stopped"
 
 
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:

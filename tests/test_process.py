@@ -16,7 +16,7 @@ from modules.errors import EngineCrashed, EngineMissing, EngineStuck, GenerateEr
 from modules.messages import Cancel, Delta, EngineSpec, Finished, Message, Prefill, Sampling, Start, decode, encode
 from modules.process import EngineKind, EngineProcess, Limits
 
-from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually
+from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually, in_thread
 
 
 def start(text: str, id: str = "r1", **sampling) -> Start:
@@ -83,6 +83,21 @@ def test_cancel_in_the_answer_and_in_the_prompt(begin, plan):
         engine.cancel("r2")
     assert events[-1].reason == "stopped" and not spoken(events) and isinstance(events[0], Prefill)
     assert time.monotonic() - began < 2
+
+
+def test_a_cancel_that_overtakes_its_answer_is_not_lost(begin, plan):
+    engine, events = begin(), []
+    engine.load(plan(tokens_per_second=50, count_s=0.4), print)
+    for number in range(3):
+        counting = in_thread(lambda: engine.count_tokens(("one",)))  # the worker does nothing else meanwhile
+        time.sleep(0.1)
+        answering = in_thread(lambda id=f"r{number}": events.extend(engine.generate(start("say 500", id))))
+        time.sleep(0.1)
+        engine.cancel(f"r{number}")
+        answering.join(8)
+        counting.join()
+        assert isinstance(events[-1], Finished) and events[-1].reason == "stopped" and len(events) < 100
+    assert spoken(engine.generate(start("say 2", "r2"))) == "w0 w1 "
 
 
 def test_a_reader_that_walks_away_cancels(begin, plan):

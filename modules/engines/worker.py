@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from modules import messages
@@ -51,6 +52,14 @@ def open_engine(name: str, where: str) -> Engine:
     return engine
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """A Start that the engine may not have heard of yet, so that its cancel has to be remembered here."""
+
+    start: messages.Start
+    cancelled: bool = False
+
+
 class Worker:
     """Carries messages between the pipe and the engine."""
 
@@ -58,6 +67,8 @@ class Worker:
         self._name, self._where, self._out = name, where, out
         self._writing = threading.Lock()
         self._inbox: queue.Queue[Any] = queue.Queue()
+        self._waiting: dict[str, _Waiting] = {}
+        self._waiting_lock = threading.Lock()
         self._engine: Engine | None = None
 
     def say(self, message: Any) -> None:
@@ -77,11 +88,38 @@ class Worker:
         for line in sys.stdin:
             message = messages.decode(line)
             if isinstance(message, messages.Cancel):
-                if self._engine is not None:
-                    self._engine.cancel(message.id)
+                self._cancel(message.id)
+            elif isinstance(message, messages.Start):
+                waiting = _Waiting(message)
+                with self._waiting_lock:
+                    self._waiting[message.id] = waiting
+                self._inbox.put(waiting)
             else:
                 self._inbox.put(message)
         os._exit(0)
+
+    def _cancel(self, request_id: str) -> None:
+        with self._waiting_lock:
+            waiting = self._waiting.get(request_id)
+            if waiting is not None:
+                waiting.cancelled = True
+                return
+        if self._engine is not None:
+            self._engine.cancel(request_id)
+
+    def _start(self, waiting: _Waiting) -> None:
+        """Begin an answer. A cancel that came before the engine knows it ends it here, or right after its start."""
+        start = waiting.start
+        if not waiting.cancelled:
+            self._guard(start.id, lambda engine: engine.start(start, self.say))
+        else:
+            self.say(messages.Finished(start.id, "stopped"))
+        with self._waiting_lock:
+            if self._waiting.get(start.id) is waiting:  # the id may be in use again
+                del self._waiting[start.id]
+            late = waiting.cancelled
+        if late and self._engine is not None:
+            self._engine.cancel(start.id)
 
     def run(self) -> int:
         """Serve until stdin ends."""
@@ -103,8 +141,8 @@ class Worker:
         assert self._engine is not None
         if isinstance(message, messages.Load):
             self._load(message.spec)
-        elif isinstance(message, messages.Start):
-            self._guard(message.id, lambda engine: engine.start(message, self.say))
+        elif isinstance(message, _Waiting):
+            self._start(message)
         elif isinstance(message, messages.Count):
             self._guard(
                 message.id, lambda engine: self.say(messages.Counted(message.id, engine.count_tokens(message.texts)))
