@@ -15,8 +15,10 @@ One model goes through
     a crash takes READY, LEASED or DRAINING to ABSENT at once ------------'
 
 Several models stay in memory within the budget; the least recently used goes first.
-Requests for a model in memory are served at once and batched by its engine. Requests
-that need a swap wait in one queue, first come first served. A model that must make
+Requests for a model in memory are served at once and batched by its engine, as many
+as it runs side by side; the others wait for a place, because in the engine they would
+wait in silence, where they look like a fault. These and the requests that need a swap
+wait in one queue, first come first served. A model that must make
 room finishes its answers first, and takes newcomers only until the first in the
 queue has waited `patience_s`; so nobody waits for ever and models do not thrash.
 No background task ever causes a swap.
@@ -92,6 +94,7 @@ class _Resident:
     process: EngineProcess
     spec: EngineSpec
     memory_bytes: int
+    at_once: int
     leases: int = 0
     last_used: int = 0
     wanted_by: _Ticket | None = None
@@ -265,7 +268,8 @@ class Loader:
             raise LeaseCancelled
         resident = self._residents.get(ticket.spec)
         if resident is not None and resident.process.alive and not ticket.fresh:
-            if self._must_stand_back(resident, ticket):
+            full = resident.leases >= resident.at_once or self._first_for(ticket.spec) is not ticket
+            if full or self._must_stand_back(resident, ticket):
                 return None, None
             resident.leases += 1
             self._touch(resident)
@@ -289,6 +293,9 @@ class Loader:
         return (
             rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
         )
+
+    def _first_for(self, spec: EngineSpec) -> _Ticket | None:
+        return next((t for t in self._queue if t.spec == spec and not t.fresh), None)
 
     def _first_swap(self) -> _Ticket | None:
         return next((t for t in self._queue if t.fresh or t.spec not in self._residents), None)
@@ -323,8 +330,6 @@ class Loader:
                 if victim.spec != ticket.spec:  # the same load has just failed or was given up
                     self._restore(ticket, victim)
             raise
-        with self._see:
-            resident.leases += 1
         return resident
 
     def _retire(self, resident: _Resident) -> None:
@@ -398,7 +403,9 @@ class Loader:
         finally:
             with self._see:
                 self._starting = None
-        resident = _Resident(process, spec, max(ready.memory_bytes, needs_bytes))
+        # Who waited for the load has its first place; others look for theirs as soon as it stands among the residents.
+        leases = int(spec == ticket.spec)
+        resident = _Resident(process, spec, max(ready.memory_bytes, needs_bytes), max(1, ready.at_once), leases)
         with self._see:
             if self._closed:
                 process.stop()

@@ -166,11 +166,15 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model answers. context in tokens for one request; image tokens as the engine counts them."""
+    """The model answers. context in tokens for one request; image tokens as the engine counts them.
+
+    at_once is how many answers the engine runs side by side; further ones would wait there in silence.
+    """
 
     context: int
     memory_bytes: int
     load_s: float
+    at_once: int = 1
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class EngineKind:
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits of a child in seconds. stall_s is the longest silence in the middle of an answer."""
+    """Time limits of a child in seconds. stall_s is the longest silence of a child that owes an answer."""
 
     load_s: float = 600.0
     stall_s: float = 120.0
@@ -83,6 +83,7 @@ class EngineProcess:
         self._writing = threading.Lock()
         self._boxes: dict[str, _Mailbox] = {"": _Mailbox()}
         self._boxes_lock = threading.Lock()
+        self._heard_s = 0.0  # when the child last said anything, to anybody
         self._ended = False
         self._stopping = False
         self._ids = itertools.count(1)
@@ -126,7 +127,7 @@ class EngineProcess:
         self._send(messages.Load(spec))
         deadline = time.monotonic() + self._limits.load_s
         while True:
-            event = self._next("", deadline - time.monotonic(), LoadTimedOut, "The model was not ready in time.")
+            event = self._next("", lambda: deadline, LoadTimedOut, "The model was not ready in time.")
             if isinstance(event, messages.Hello):
                 self.version = event.version
             elif isinstance(event, messages.Loading):
@@ -139,7 +140,8 @@ class EngineProcess:
         """Yield the events of one answer, the last of them Finished.
 
         Raises what the child reported, EngineCrashed when it died and EngineStuck when
-        it was silent for too long (then it is ended). A caller that walks away cancels.
+        it was silent for too long (then it is ended): towards everybody, because an answer
+        may wait for another one. A caller that walks away cancels.
         """
         finished = False
         self._open_box(start.id)
@@ -147,7 +149,7 @@ class EngineProcess:
             self._send(start)
             while True:
                 event = self._next(
-                    start.id, self._limits.stall_s, EngineStuck,
+                    start.id, self._silence(), EngineStuck,
                     f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended.",
                 )  # fmt: skip
                 finished = isinstance(event, messages.Finished)
@@ -183,7 +185,7 @@ class EngineProcess:
         self._send(messages.Unload())
         deadline = time.monotonic() + 60
         while True:
-            event = self._next("", deadline - time.monotonic(), EngineStuck, "The engine did not unload in time.")
+            event = self._next("", lambda: deadline, EngineStuck, "The engine did not unload in time.")
             if isinstance(event, messages.Unloaded):
                 self.spec = None
                 return event.memory_bytes
@@ -222,7 +224,7 @@ class EngineProcess:
         self._open_box(call)
         try:
             self._send(make(call))
-            return self._next(call, self._limits.stall_s, EngineStuck, "The engine did not reply.")
+            return self._next(call, self._silence(), EngineStuck, "The engine did not reply.")
         finally:
             self._close_box(call)
 
@@ -236,14 +238,24 @@ class EngineProcess:
         with self._boxes_lock:
             self._boxes.pop(name, None)
 
-    def _next(self, box: str, timeout_s: float, late: type[TurntableError], words: str) -> Any:
+    def _silence(self) -> Callable[[], float]:
+        """When a child that says nothing from now on has been silent for too long. Every message puts that off."""
+        asked_s = time.monotonic()
+        return lambda: max(asked_s, self._heard_s) + self._limits.stall_s
+
+    def _next(self, box: str, deadline: Callable[[], float], late: type[TurntableError], words: str) -> Any:
+        """The next event of a mailbox. Past the deadline, which is asked for again then, the child is ended."""
         with self._boxes_lock:
             mailbox = self._boxes[box]
-        try:
-            event = mailbox.events.get(timeout=max(0.0, timeout_s))
-        except queue.Empty:
-            self.abort()
-            raise late(words) from None
+        while True:
+            left_s = deadline() - time.monotonic()
+            try:
+                event = mailbox.events.get(timeout=max(0.0, left_s))
+                break
+            except queue.Empty:
+                if left_s <= 0:
+                    self.abort()
+                    raise late(words) from None
         if event is _END:
             mailbox.events.put(_END)  # for whoever asks next
             raise self._crash()
@@ -279,6 +291,7 @@ class EngineProcess:
             except ValueError as error:
                 self.log.append(f"dropped a line: {error}")
                 continue
+            self._heard_s = time.monotonic()
             with self._boxes_lock:
                 box = self._boxes.get(getattr(event, "id", ""))
             if box is not None:

@@ -199,6 +199,10 @@ def test_a_cancel_that_overtakes_its_answer_is_not_lost(begin, models: Path) -> 
     assert heard[0].end.reason == "stopped"
 
 
+def test_without_flash_attn_one_answer_runs_at_a_time_whatever_the_preset_says(begin, models: Path) -> None:
+    assert begin().load(spec_of(models / "exl2", parallel=4), quiet).at_once == 1
+
+
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
     process = begin()
     process.load(spec_of(models / "gptq"), quiet)

@@ -86,6 +86,59 @@ def test_nobody_waits_for_ever_behind_a_busy_model(make_loader, plan):
     assert waited < 3
 
 
+def test_answers_beyond_what_the_engine_runs_at_once_wait_for_a_place_in_order(make_loader, plan):
+    loader, spec = make_loader(), plan("a", at_once=2)
+    order, most, told = [], [], {name: [] for name in "abcde"}
+    wishes = {name: threading.Event() for name in told}
+    ends = {name: threading.Event() for name in told}
+
+    def answer(name):
+        try:
+            with loader.lease(spec, report=told[name].append, cancelled=wishes[name]) as engine:
+                order.append(name)
+                most.append(loader.snapshot().models[0].leases)
+                assert say(engine, 2, name) == 2
+                ends[name].wait(20)
+        except LeaseCancelled:
+            order.append(f"{name} gave up")
+
+    threads = []
+    for number, name in enumerate(told, 1):
+        threads.append(in_thread(lambda name=name: answer(name)))
+        eventually(lambda n=number: (len(order), loader.snapshot().waiting) == (min(n, 2), max(0, n - 2)))
+    eventually(lambda: told["e"] == [Queued(3)])
+    wishes["d"].set()
+    loader.wake()
+    eventually(lambda: order[2:] == ["d gave up"] and told["e"][-1] == Queued(2))
+    for name in "abce":
+        ends[name].set()
+        eventually(lambda n=name: order[-1] == {"a": "c", "b": "e"}.get(n, "e"))
+    for thread in threads:
+        thread.join(20)
+    assert order == ["a", "b", "d gave up", "c", "e"] and max(most) == 2
+    assert told["b"] == [] and told["c"] == [Queued(1)]
+
+
+def test_a_swap_goes_before_those_who_wait_for_a_place_and_came_later(make_loader, plan):
+    loader, order, end = make_loader(budget=150, patience_s=0.2), [], threading.Event()
+    a, b = plan("a", bytes=100, at_once=1), plan("b", bytes=100)
+
+    def answer(name, spec):
+        with loader.lease(spec, needs_bytes=100):
+            order.append(name)
+            end.wait(20)
+
+    threads = []
+    for number, (name, spec) in enumerate((("first", a), ("second", a), ("swap", b), ("late", a))):
+        threads.append(in_thread(lambda name=name, spec=spec: answer(name, spec)))
+        eventually(lambda n=number: order == ["first"] and loader.snapshot().waiting == n)
+    time.sleep(0.3)  # the swap's patience
+    end.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "second", "swap", "late"]
+
+
 def test_a_load_that_fails_brings_the_previous_model_back(make_loader, plan):
     loader, told = make_loader(budget=150), []
     a, broken = plan("a", bytes=100), plan("broken", bytes=100, fault="load_error")

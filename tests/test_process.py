@@ -157,6 +157,17 @@ def test_a_silent_engine_is_ended(begin, plan):
     eventually(lambda: not engine.alive)
 
 
+def test_an_answer_that_waits_for_another_is_no_sign_of_a_stuck_engine(begin, plan):
+    engine = begin(limits=Limits(stall_s=1.5))
+    assert engine.load(plan(at_once=1, tokens_per_second=20), print).at_once == 1
+    long = []
+    first = in_thread(lambda: long.extend(engine.generate(start("say 60"))))  # 3 seconds
+    eventually(lambda: long)
+    assert spoken(engine.generate(start("say 2", "r2"))) == "w0 w1 "
+    first.join(5)
+    assert long[-1].counts.completion == 60
+
+
 def test_an_error_of_the_engine_leaves_it_alive(begin, plan):
     engine = begin()
     engine.load(plan(fault="error_after", after=1), print)
@@ -219,7 +230,7 @@ def spec(name: str, **options) -> EngineSpec:
 
 def test_llamacpp_answers_thinks_counts_and_stops(begin):
     engine = begin(LLAMA)
-    engine.load(spec("reasoning", parallel=2), print)
+    assert engine.load(spec("reasoning", parallel=2), print).at_once == 2
     engine.ping()
     assert engine.count_tokens(("", "12 + 13"))[0] == 0
     events = list(engine.generate(start("What is 12 + 13?", temperature=0.0)))

@@ -30,6 +30,9 @@ class Engine(Protocol):
         worker's main thread, never while another model is loaded.
         """
 
+    def at_once(self) -> int:
+        """How many answers run side by side with the model that is loaded."""
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         """Tokens of each text, without the words of the chat template."""
 

@@ -262,6 +262,9 @@ class ExLlamaEngine:
             hint="The log has the engine's own words.",
         )
 
+    def at_once(self) -> int:
+        return self._spec.parallel if self._spec else 1
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self._count(text) for text in texts)
 

@@ -109,6 +109,9 @@ class LlamaCpp:
             p.api_keys = [self._key]
         return p
 
+    def at_once(self) -> int:
+        return self._spec.parallel if self._spec else 1
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         counts = []
         for text in texts:

@@ -158,7 +158,8 @@ class Worker:
         began = time.monotonic()
         try:
             context = self._engine.load(spec, self.say)
-            ready = messages.Ready(context, self._engine.memory_bytes(), round(time.monotonic() - began, 4))
+            spent_s = round(time.monotonic() - began, 4)
+            ready = messages.Ready(context, self._engine.memory_bytes(), spent_s, self._engine.at_once())
         except Exception as error:  # the boundary: every failure leaves as data
             known = error if isinstance(error, TurntableError) else LoadError(f"The engine could not load it: {error}")
             self.say(messages.Failed("", **known.to_wire()))
