@@ -31,7 +31,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from modules.errors import (
     DoesNotFit,
@@ -107,7 +107,7 @@ class _Ticket:
     report: Report
     cancelled: threading.Event
     fresh: str = ""
-    since_s: float = field(default_factory=time.monotonic)
+    since_s: float = 0.0  # set with the place in the queue, so that both have the same order
 
 
 class Loader:
@@ -170,7 +170,8 @@ class Loader:
         """Have `spec` in memory, and keep it there while the block runs.
 
         needs_bytes is what the model is expected to take; report gets Queued and Loading
-        events; setting `cancelled` ends the wait or the load with LeaseCancelled.
+        events; setting `cancelled` and calling wake() ends the wait or the load with
+        LeaseCancelled. What had been unloaded for that load is loaded again in any case.
         fresh loads the model although it is in memory, to measure that: "again" as a swap
         does, "child" in a new child. Its running answers end first; a load that fails or is
         cancelled leaves it out of memory, and the next lease loads it.
@@ -182,6 +183,8 @@ class Loader:
         with self._see:
             self._granted += 1
         try:
+            if ticket.cancelled.is_set():  # too late to stop the load: the model stays for whoever comes next
+                raise LeaseCancelled
             yield resident.process
         finally:
             with self._see:
@@ -193,8 +196,8 @@ class Loader:
     def wake(self) -> None:
         """Let waiting leases look at their `cancelled` at once; a load under way for a cancelled one is ended."""
         with self._see:
-            if self._swapping and self._swapping.cancelled.is_set() and self._starting:
-                self._starting.abort()
+            if self._starting:
+                self._starting.look()
             self._see.notify_all()
 
     def close(self) -> None:
@@ -213,6 +216,7 @@ class Loader:
     def _acquire(self, ticket: _Ticket) -> _Resident:
         with self._see:
             self._refuse_hopeless(ticket)
+            ticket.since_s = time.monotonic()
             self._queue.append(ticket)
         told = 0
         try:
@@ -279,7 +283,7 @@ class Loader:
         if self._swapping is not None or self._first_swap() is not ticket:
             return None, None
         victims = self._victims(ticket)
-        if any(victim.leases for victim in victims):
+        if any(victim.leases or self._is_awaited(victim, ticket) for victim in victims):
             for victim in victims:
                 victim.wanted_by = victim.wanted_by or ticket
             return None, None
@@ -293,6 +297,11 @@ class Loader:
         return (
             rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
         )
+
+    def _is_awaited(self, resident: _Resident, ticket: _Ticket) -> bool:
+        """Does somebody who came before the ticket wait for a place there?"""
+        first = self._first_for(resident.spec)
+        return first is not None and first.since_s < ticket.since_s
 
     def _first_for(self, spec: EngineSpec) -> _Ticket | None:
         return next((t for t in self._queue if t.spec == spec and not t.fresh), None)
@@ -382,9 +391,11 @@ class Loader:
         process, began = self._take_child(ticket, spec)
         ready = None
         try:
-            if ticket.cancelled.is_set() and spec == ticket.spec:
+            # What is restored is not for the one who cancelled, and nobody may cancel it.
+            cancelled = ticket.cancelled if spec == ticket.spec else None
+            if cancelled is not None and cancelled.is_set():
                 raise LeaseCancelled
-            ready = process.load(spec, lambda event: self._tell(ticket, event))
+            ready = process.load(spec, lambda event: self._tell(ticket, event), cancelled)
             process.ping()
             process.up_s = time.monotonic() - began
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)

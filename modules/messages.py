@@ -119,6 +119,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Cancel:
+    """Give up an answer, or with an empty id the load under way."""
+
     id: str
 
 

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_GRACE_S = 3.0
 LOG_LINES = 200
 _END = object()
+_LOOK = object()
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,15 @@ class EngineKind:
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits of a child in seconds. stall_s is the longest silence of a child that owes an answer."""
+    """Time limits of a child in seconds.
+
+    stall_s is the longest silence of a child that owes an answer, cancel_s what it may take to give up a load.
+    """
 
     load_s: float = 600.0
     stall_s: float = 120.0
     hello_s: float = 60.0
+    cancel_s: float = 5.0
 
 
 @dataclass
@@ -121,13 +126,24 @@ class EngineProcess:
     def pid(self) -> int:
         return self._child.pid
 
-    def load(self, spec: EngineSpec, progress: Callable[[messages.Loading], None]) -> messages.Ready:
-        """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut."""
+    def load(
+        self, spec: EngineSpec, progress: Callable[[messages.Loading], None], cancelled: threading.Event | None = None
+    ) -> messages.Ready:
+        """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut.
+
+        Setting `cancelled` and calling look() gives the load up: in the child, which keeps
+        what it holds for the next model and reports a LoadError. It is ended when that takes
+        longer than cancel_s, and at once where its kind does not keep the process. A load
+        that is complete by then returns as ever.
+        """
         self.spec = spec
         self._send(messages.Load(spec))
-        deadline = time.monotonic() + self._limits.load_s
+        deadline, given_up = time.monotonic() + self._limits.load_s, False
         while True:
-            event = self._next("", lambda: deadline, LoadTimedOut, "The model was not ready in time.")
+            if cancelled is not None and cancelled.is_set() and not given_up:
+                given_up = True
+                deadline = min(deadline, self._give_up())
+            event = self._next("", deadline, LoadTimedOut, "The model was not ready in time.")
             if isinstance(event, messages.Hello):
                 self.version = event.version
             elif isinstance(event, messages.Loading):
@@ -135,6 +151,19 @@ class EngineProcess:
             elif isinstance(event, messages.Ready):
                 self.ready = event
                 return event
+
+    def look(self) -> None:
+        """Let a load under way look at its `cancelled`. Thread-safe and harmless at any other time."""
+        with self._boxes_lock:
+            self._boxes[""].events.put(_LOOK)
+
+    def _give_up(self) -> float:
+        """Cancel the load under way; returns when the child must have complied."""
+        if self.kind.keeps_process:
+            self.cancel("")
+        else:
+            self.abort()  # it has nothing to keep, and llama.cpp cannot hear while it loads
+        return time.monotonic() + self._limits.cancel_s
 
     def generate(self, start: Start) -> Iterator[messages.Event]:
         """Yield the events of one answer, the last of them Finished.
@@ -148,10 +177,9 @@ class EngineProcess:
         try:
             self._send(start)
             while True:
-                event = self._next(
-                    start.id, self._silence(), EngineStuck,
-                    f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended.",
-                )  # fmt: skip
+                event = self._hear(
+                    start.id, f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended."
+                )
                 finished = isinstance(event, messages.Finished)
                 yield event
                 if finished:
@@ -185,7 +213,7 @@ class EngineProcess:
         self._send(messages.Unload())
         deadline = time.monotonic() + 60
         while True:
-            event = self._next("", lambda: deadline, EngineStuck, "The engine did not unload in time.")
+            event = self._next("", deadline, EngineStuck, "The engine did not unload in time.")
             if isinstance(event, messages.Unloaded):
                 self.spec = None
                 return event.memory_bytes
@@ -224,7 +252,7 @@ class EngineProcess:
         self._open_box(call)
         try:
             self._send(make(call))
-            return self._next(call, self._silence(), EngineStuck, "The engine did not reply.")
+            return self._hear(call, "The engine did not reply.")
         finally:
             self._close_box(call)
 
@@ -238,17 +266,19 @@ class EngineProcess:
         with self._boxes_lock:
             self._boxes.pop(name, None)
 
-    def _silence(self) -> Callable[[], float]:
-        """When a child that says nothing from now on has been silent for too long. Every message puts that off."""
-        asked_s = time.monotonic()
-        return lambda: max(asked_s, self._heard_s) + self._limits.stall_s
+    def _hear(self, box: str, words: str) -> Any:
+        """The next event of an answer or a call. Silence is that of the child: whatever it says shows that it lives."""
+        stall_s = self._limits.stall_s
+        return self._next(box, time.monotonic() + stall_s, EngineStuck, words, stall_s)
 
-    def _next(self, box: str, deadline: Callable[[], float], late: type[TurntableError], words: str) -> Any:
-        """The next event of a mailbox. Past the deadline, which is asked for again then, the child is ended."""
+    def _next(
+        self, box: str, deadline: float, late: type[TurntableError], words: str, silence_s: float = 0.0
+    ) -> Any:
+        """The next event of a mailbox. Past the deadline and silence_s after its last word the child is ended."""
         with self._boxes_lock:
             mailbox = self._boxes[box]
         while True:
-            left_s = deadline() - time.monotonic()
+            left_s = max(deadline, self._heard_s + silence_s) - time.monotonic()
             try:
                 event = mailbox.events.get(timeout=max(0.0, left_s))
                 break

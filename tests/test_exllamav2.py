@@ -203,6 +203,16 @@ def test_without_flash_attn_one_answer_runs_at_a_time_whatever_the_preset_says(b
     assert begin().load(spec_of(models / "exl2", parallel=4), quiet).at_once == 1
 
 
+def test_a_load_can_be_cancelled_wherever_it_reports_and_leaves_nothing(models: Path) -> None:
+    program = "tests.exllama_on_cpu.cancelled_loads"
+    done = subprocess.run(
+        [EXLLAMA_PYTHON, "-m", program, "exllamav2", "ExLlamaV2Engine", str(models / "fp16")], cwd=ROOT, timeout=100,
+        capture_output=True, text=True, check=False, env={**os.environ, **dict(on_cpu().environment)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-2]) >= 2
+
+
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:
     process = begin()
     process.load(spec_of(models / "gptq"), quiet)

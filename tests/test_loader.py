@@ -12,6 +12,7 @@ import pytest
 from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, LoadError
 from modules.loader import LeaseCancelled
 from modules.messages import EngineSpec, Loading, Message, Queued, Start
+from modules.process import Limits
 
 from .conftest import children, eventually, in_thread
 
@@ -224,6 +225,58 @@ def test_cancel_in_the_queue_and_in_the_load(make_loader, plan):
     assert outcome == ["cancelled"]
     with loader.lease(plan("b")) as engine:
         assert say(engine, 1) == 1
+
+
+def test_a_cancelled_load_keeps_the_child_and_a_second_cancel_does_not_stop_the_way_back(make_loader, plan):
+    loader, wish, stages = make_loader(vram_budget_bytes=150), threading.Event(), []
+    a = plan("a", "card", bytes=100)
+    with loader.lease(a, needs_bytes=100) as engine:
+        first = engine.pid
+    plan("a", "card", bytes=100, load_s=0.5)
+
+    def report(event):
+        if isinstance(event, Loading):
+            stages.append(event.stage)
+            if event.stage == "reading":  # of the new model, and again of the old one on its way back
+                wish.set()
+                loader.wake()
+
+    began = time.monotonic()
+    with (
+        pytest.raises(LeaseCancelled),
+        loader.lease(plan("b", "card", bytes=100, load_s=15), needs_bytes=100, cancelled=wish, report=report),
+    ):
+        raise AssertionError("it was loaded")
+    assert time.monotonic() - began < 10 and stages[-1] == "reading" and "restoring" in stages
+    assert held(loader) == ["a"] and children() == {first}
+    with loader.lease(a, needs_bytes=100) as engine:
+        assert engine.pid == first and say(engine) == 3
+
+
+def test_a_child_that_does_not_give_up_a_load_is_ended(make_loader, plan):
+    loader, wish = make_loader(vram_budget_bytes=150, limits=Limits(load_s=60, cancel_s=0.3)), threading.Event()
+    with loader.lease(plan("a", "card", bytes=100), needs_bytes=100) as engine:
+        first = engine.pid
+
+    def report(event):
+        if isinstance(event, Loading) and event.fraction == 1:
+            wish.set()
+            loader.wake()
+
+    hangs = plan("b", "card", bytes=100, fault="load_hang")
+    with pytest.raises(LeaseCancelled), loader.lease(hangs, needs_bytes=100, cancelled=wish, report=report):
+        raise AssertionError("it was loaded")
+    assert held(loader) == ["a"] and len(children()) == 1 and children() != {first}
+
+
+def test_a_cancel_that_comes_when_the_model_is_up_leaves_it_there(make_loader, plan):
+    wish, spec = threading.Event(), plan("a")
+    loader = make_loader(on_change=lambda: held(loader) and wish.set())
+    with pytest.raises(LeaseCancelled), loader.lease(spec, cancelled=wish):
+        raise AssertionError("nobody wants it any more")
+    assert held(loader) == ["a"] and loader.snapshot().models[0].leases == 0
+    with loader.lease(spec) as engine:
+        assert say(engine) == 3
 
 
 def test_an_engine_that_keeps_its_process_swaps_in_place(make_loader, plan):

@@ -27,7 +27,9 @@ class Engine(Protocol):
         """Bring the model into memory and return its context in tokens for one request.
 
         Raises LoadError or ModelFilesError with a message for a person. Called on the
-        worker's main thread, never while another model is loaded.
+        worker's main thread, never while another model is loaded. When the load is
+        cancelled, `progress` raises on that thread; an engine lets that through and
+        holds no memory afterwards. On other threads it never raises.
         """
 
     def at_once(self) -> int:

@@ -54,9 +54,9 @@ def open_engine(name: str, where: str) -> Engine:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A Start that the engine may not have heard of yet, so that its cancel has to be remembered here."""
+    """A Start that the engine may not have heard of yet, or a Load: its cancel has to be remembered here."""
 
-    start: messages.Start
+    message: messages.Start | messages.Load
     cancelled: bool = False
 
 
@@ -89,10 +89,10 @@ class Worker:
             message = messages.decode(line)
             if isinstance(message, messages.Cancel):
                 self._cancel(message.id)
-            elif isinstance(message, messages.Start):
+            elif isinstance(message, messages.Start | messages.Load):
                 waiting = _Waiting(message)
                 with self._waiting_lock:
-                    self._waiting[message.id] = waiting
+                    self._waiting[getattr(message, "id", "")] = waiting
                 self._inbox.put(waiting)
             else:
                 self._inbox.put(message)
@@ -104,21 +104,23 @@ class Worker:
             if waiting is not None:
                 waiting.cancelled = True
                 return
-        if self._engine is not None:
+        if request_id and self._engine is not None:
             self._engine.cancel(request_id)
 
-    def _start(self, waiting: _Waiting) -> None:
+    def _begun(self, request_id: str, waiting: _Waiting) -> None:
+        """From now on a cancel is for the engine."""
+        with self._waiting_lock:
+            if self._waiting.get(request_id) is waiting:  # the id may be in use again
+                del self._waiting[request_id]
+
+    def _start(self, waiting: _Waiting, start: messages.Start) -> None:
         """Begin an answer. A cancel that came before the engine knows it ends it here, or right after its start."""
-        start = waiting.start
         if not waiting.cancelled:
             self._guard(start.id, lambda engine: engine.start(start, self.say))
         else:
             self.say(messages.Finished(start.id, "stopped"))
-        with self._waiting_lock:
-            if self._waiting.get(start.id) is waiting:  # the id may be in use again
-                del self._waiting[start.id]
-            late = waiting.cancelled
-        if late and self._engine is not None:
+        self._begun(start.id, waiting)
+        if waiting.cancelled and self._engine is not None:
             self._engine.cancel(start.id)
 
     def run(self) -> int:
@@ -139,10 +141,11 @@ class Worker:
 
     def _handle(self, message: Any) -> None:
         assert self._engine is not None
-        if isinstance(message, messages.Load):
-            self._load(message.spec)
-        elif isinstance(message, _Waiting):
-            self._start(message)
+        if isinstance(message, _Waiting):
+            if isinstance(message.message, messages.Load):
+                self._load(message, message.message.spec)
+            else:
+                self._start(message, message.message)
         elif isinstance(message, messages.Count):
             self._guard(
                 message.id, lambda engine: self.say(messages.Counted(message.id, engine.count_tokens(message.texts)))
@@ -153,17 +156,27 @@ class Worker:
             self._engine.unload()
             self.say(messages.Unloaded(self._engine.memory_bytes()))
 
-    def _load(self, spec: messages.EngineSpec) -> None:
+    def _load(self, waiting: _Waiting, spec: messages.EngineSpec) -> None:
         assert self._engine is not None
-        began = time.monotonic()
+        began, here = time.monotonic(), threading.get_ident()
+
+        def progress(event: messages.Loading) -> None:
+            if waiting.cancelled and threading.get_ident() == here:
+                raise LoadError("The load was cancelled.")
+            self.say(event)
+
         try:
-            context = self._engine.load(spec, self.say)
+            if waiting.cancelled:
+                raise LoadError("The load was cancelled.")
+            context = self._engine.load(spec, progress)
             spent_s = round(time.monotonic() - began, 4)
             ready = messages.Ready(context, self._engine.memory_bytes(), spent_s, self._engine.at_once())
         except Exception as error:  # the boundary: every failure leaves as data
             known = error if isinstance(error, TurntableError) else LoadError(f"The engine could not load it: {error}")
+            self._begun("", waiting)
             self.say(messages.Failed("", **known.to_wire()))
             return
+        self._begun("", waiting)
         self.say(ready)
 
     def _guard(self, request_id: str, work: Any) -> None:
