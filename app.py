@@ -80,9 +80,10 @@ def engines_for_cards(settings: Settings) -> dict[str, EngineKind]:
     """The kinds of the ExLlama engines whose environments are installed."""
     environments = Environments()
     usable = [found.name for found in map(environments.get, NAMES) if found.usable]
-    pinned = ("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes))
     kinds = {name: environments.kind(name) for name in usable}
-    return {name: dataclasses.replace(k, environment=(*k.environment, pinned)) for name, k in kinds.items()}
+    if "exllamav2" in kinds:  # ExLlamaV3 keeps no copies
+        kinds["exllamav2"] = dataclasses.replace(kinds["exllamav2"], copies_bytes=settings.pinned_memory_bytes)
+    return kinds
 
 
 def set_up_logging(settings: Settings) -> None:

@@ -37,6 +37,7 @@ from modules.errors import (
     DoesNotFit,
     EngineCrashed,
     EngineMissing,
+    EngineStuck,
     LoadError,
     LoadTimedOut,
     ModelFilesError,
@@ -331,7 +332,7 @@ class Loader:
         """Runs without the lock; `_swapping` keeps every other swap away."""
         for victim in victims:
             self._tell(ticket, Loading("unloading", 0, ticket.needs_bytes))
-            self._retire(victim)
+            self._retire(victim, ticket.spec)
         try:
             resident = self._load(ticket, ticket.spec, ticket.needs_bytes)
         except (TurntableError, LeaseCancelled):
@@ -341,7 +342,7 @@ class Loader:
             raise
         return resident
 
-    def _retire(self, resident: _Resident) -> None:
+    def _retire(self, resident: _Resident, wanted: EngineSpec) -> None:
         """Unload, and make sure that the memory came back: the process is gone, or says how much it still holds."""
         process = resident.process
         log.info("unloading %s", resident.spec.model)
@@ -356,17 +357,39 @@ class Loader:
             log.warning("%d MB stayed in use after an unload; the engine's process is replaced", left >> 20)
             process.stop()
         else:
-            self._park(process)
+            self._park(process, wanted)
 
-    def _park(self, process: EngineProcess) -> None:
-        """Keep a child without a model for the next one.
+    def _park(self, process: EngineProcess, wanted: EngineSpec) -> None:
+        """Keep a child without a model for the next one, the one that knows the wanted model if there is a choice.
 
         One of each kind: every further one would hold a CUDA context and page-locked memory for nothing.
         """
+        surplus: EngineProcess | None = process
         with self._see:
-            kept = not self._closed and self._idle.setdefault(process.kind.name, process) is process
-        if not kept:
-            process.stop()
+            other = self._idle.get(process.kind.name)
+            if not self._closed and (other is None or wanted.model in process.known - other.known):
+                self._idle[process.kind.name], surplus = process, other
+        if surplus is not None:
+            surplus.stop()
+
+    def _share_of_copies(self, process: EngineProcess, needs_bytes: int) -> int:
+        """How much a child may page-lock with its next model: what the others of its kind do not hold; -1 for no say.
+
+        The others give up only what that model may need, and may hold no more than the rest
+        until their own next load. So the sum stays within the budget at any time.
+        """
+        budget = process.kind.copies_bytes
+        if not budget:
+            return -1
+        with self._see:
+            others = [c for c in self._children if c.kind.name == process.kind.name and c is not process and c.alive]
+        held = [_limit_copies(other, other.copies_limit) for other in others]
+        lack = min(needs_bytes, budget) + sum(held) - budget
+        for number, other in enumerate(others):
+            now = _limit_copies(other, max(0, held[number] - max(0, lack)))
+            lack -= held[number] - now
+            held[number] = now
+        return max(0, budget - sum(held))
 
     def _take_child(self, ticket: _Ticket, spec: EngineSpec) -> tuple[EngineProcess, float]:
         """The idle child of the kind or a new one, and when that began. From here on it is the one that starts."""
@@ -388,20 +411,21 @@ class Loader:
         return process, began
 
     def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+        # What is restored is not for the one who cancelled, and nobody may cancel it.
+        cancelled = ticket.cancelled if spec == ticket.spec else None
+        if cancelled is not None and cancelled.is_set():
+            raise LeaseCancelled
         process, began = self._take_child(ticket, spec)
         ready = None
         try:
-            # What is restored is not for the one who cancelled, and nobody may cancel it.
-            cancelled = ticket.cancelled if spec == ticket.spec else None
-            if cancelled is not None and cancelled.is_set():
-                raise LeaseCancelled
-            ready = process.load(spec, lambda event: self._tell(ticket, event), cancelled)
+            share = self._share_of_copies(process, needs_bytes)
+            ready = process.load(spec, lambda event: self._tell(ticket, event), cancelled, share)
             process.ping()
             process.up_s = time.monotonic() - began
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
             if ready is None and self._is_clean(process, error):
-                self._park(process)
+                self._park(process, ticket.spec)
             else:
                 process.stop()
             if ticket.cancelled.is_set() and spec == ticket.spec:
@@ -468,3 +492,12 @@ class Loader:
         for line in list(process.log)[-8:]:
             log.warning("%s: %s", process.kind.name, line)
         self._on_change()
+
+
+def _limit_copies(process: EngineProcess, most_bytes: int) -> int:
+    """Bytes that a child holds after it was told how much it may hold; of one that is gone, nothing is left."""
+    try:
+        return process.keep_copies(most_bytes)
+    except (EngineCrashed, EngineStuck) as error:
+        log.warning("%s", error)
+        return 0

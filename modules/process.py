@@ -42,7 +42,8 @@ class EngineKind:
     python is the interpreter that has the engine's library; where names the class as
     "module:Class" (empty: the worker's own table); keeps_process says that the child
     unloads in place and takes the next model, as engines on a GPU do; memory is the
-    kind of memory that its models take, "ram" or "vram".
+    kind of memory that its models take, "ram" or "vram"; copies_bytes is how much RAM
+    its children together may page-lock for copies of models.
     """
 
     name: str
@@ -50,6 +51,7 @@ class EngineKind:
     where: str = ""
     keeps_process: bool = False
     memory: str = "ram"
+    copies_bytes: int = 0
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -80,6 +82,8 @@ class EngineProcess:
         self.kind = kind
         self.spec: EngineSpec | None = None
         self.ready: messages.Ready | None = None
+        self.copies_limit = -1  # in bytes, as it was told last
+        self.known: set[str] = set()  # models that it has loaded, whose tokenizers and copies it may hold
         self.up_s = 0.0  # the last load as a person waits for it, to a first token; the start of a new child included
         self.version = ""
         self.log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
@@ -127,17 +131,19 @@ class EngineProcess:
         return self._child.pid
 
     def load(
-        self, spec: EngineSpec, progress: Callable[[messages.Loading], None], cancelled: threading.Event | None = None
-    ) -> messages.Ready:
+        self, spec: EngineSpec, progress: Callable[[messages.Loading], None],
+        cancelled: threading.Event | None = None, copies_bytes: int = -1,
+    ) -> messages.Ready:  # fmt: skip
         """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut.
 
         Setting `cancelled` and calling look() gives the load up: in the child, which keeps
         what it holds for the next model and reports a LoadError. It is ended when that takes
         longer than cancel_s, and at once where its kind does not keep the process. A load
-        that is complete by then returns as ever.
+        that is complete by then returns as ever. copies_bytes limits the page-locked copies
+        of models from now on; -1 leaves the limit as it is.
         """
-        self.spec = spec
-        self._send(messages.Load(spec))
+        self.spec, self.copies_limit = spec, copies_bytes
+        self._send(messages.Load(spec, copies_bytes))
         deadline, given_up = time.monotonic() + self._limits.load_s, False
         while True:
             if cancelled is not None and cancelled.is_set() and not given_up:
@@ -150,6 +156,7 @@ class EngineProcess:
                 progress(event)
             elif isinstance(event, messages.Ready):
                 self.ready = event
+                self.known.add(spec.model)
                 return event
 
     def look(self) -> None:
@@ -201,6 +208,11 @@ class EngineProcess:
     def measure(self) -> int:
         """Bytes in use by the model."""
         return int(self._ask(messages.Measure).memory_bytes)
+
+    def keep_copies(self, most_bytes: int) -> int:
+        """Limit the page-locked copies of models; returns the bytes that it holds."""
+        self.copies_limit = most_bytes
+        return int(self._ask(lambda call: messages.Keep(call, most_bytes)).kept_bytes)
 
     def ping(self) -> None:
         """Generate one token: the only proof that a model answers. Raises what went wrong."""

@@ -4,6 +4,7 @@ The "model file" is a small JSON file that says how to behave:
 {"load_s": 0, "count_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000,
  "at_once": 64, "text": "...", "after": 3,
  "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
+Of each model it keeps a "copy" as large as the model, the latest ones within the limit.
 Of more than at_once answers the others wait, and nothing is heard of them.
 A user message "say N" answers with N tokens; "echo" repeats the message; otherwise `text` is the answer.
 """
@@ -33,6 +34,8 @@ class FakeEngine:
         self.context = 4096
         self.cancelled: dict[str, threading.Event] = {}
         self.places = threading.Semaphore()
+        self.copies: dict[str, int] = {}
+        self.most_bytes = 0
 
     def version(self) -> str:
         return "1.0"
@@ -53,6 +56,8 @@ class FakeEngine:
             progress(Loading("reading", total * (step + 1) // steps, total))
         if fault == "load_hang":
             time.sleep(3600)
+        self.copies = {**{k: v for k, v in self.copies.items() if k != spec.model}, spec.model: total}
+        self.keep_copies(self.most_bytes)
         return spec.context
 
     def at_once(self) -> int:
@@ -149,6 +154,12 @@ class FakeEngine:
 
     def memory_bytes(self) -> int:
         return int(self.plan.get("bytes", 0))
+
+    def keep_copies(self, most_bytes: int) -> int:
+        self.most_bytes = most_bytes
+        while sum(self.copies.values()) > most_bytes:
+            self.copies.pop(next(iter(self.copies)))
+        return sum(self.copies.values())
 
     def unload(self) -> None:
         self.plan = {}

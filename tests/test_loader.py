@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,11 +11,11 @@ import time
 import pytest
 
 from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, LoadError
-from modules.loader import LeaseCancelled
+from modules.loader import LeaseCancelled, Loader
 from modules.messages import EngineSpec, Loading, Message, Queued, Start
 from modules.process import Limits
 
-from .conftest import children, eventually, in_thread
+from .conftest import CARD, children, eventually, in_thread
 
 
 def say(engine, count: int = 3, id: str = "r") -> int:
@@ -227,7 +228,8 @@ def test_cancel_in_the_queue_and_in_the_load(make_loader, plan):
         assert say(engine, 1) == 1
 
 
-def test_a_cancelled_load_keeps_the_child_and_a_second_cancel_does_not_stop_the_way_back(make_loader, plan):
+@pytest.mark.parametrize("stage", ["unloading", "reading"])
+def test_a_cancelled_load_keeps_the_child_and_a_second_cancel_does_not_stop_the_way_back(make_loader, plan, stage):
     loader, wish, stages = make_loader(vram_budget_bytes=150), threading.Event(), []
     a = plan("a", "card", bytes=100)
     with loader.lease(a, needs_bytes=100) as engine:
@@ -237,7 +239,7 @@ def test_a_cancelled_load_keeps_the_child_and_a_second_cancel_does_not_stop_the_
     def report(event):
         if isinstance(event, Loading):
             stages.append(event.stage)
-            if event.stage == "reading":  # of the new model, and again of the old one on its way back
+            if event.stage in (stage, "reading"):  # of the new model, and again of the old one on its way back
                 wish.set()
                 loader.wake()
 
@@ -320,6 +322,38 @@ def test_children_whose_models_made_room_together_are_ended_but_one(make_loader,
     with pytest.raises(LoadError, match="broken"), loader.lease(broken, needs_bytes=95):
         pass
     assert sorted(held(loader)) == ["a", "b", "c"] and len(children()) == 3
+
+
+def test_of_two_idle_children_the_one_that_knows_the_model_takes_it(make_loader, plan):
+    loader = make_loader(vram_budget_bytes=100)
+    specs = {name: plan(name, "card", bytes=size) for name, size in (("a", 40), ("b", 40), ("big", 90))}
+    pids = {}
+    for name in ("big", "a", "b", "a", "big"):  # the child of big and a is used last, and so unloaded last
+        with loader.lease(specs[name], needs_bytes=90 if name == "big" else 40) as engine:
+            pids.setdefault(name, engine.pid)
+    assert pids["big"] == pids["a"] != pids["b"] and children() == {engine.pid} == {pids["big"]}
+
+
+@pytest.mark.parametrize(("budget", "held_at_the_end"), [(100, 80), (1000, 240)])
+def test_page_locked_copies_stay_within_the_budget_over_all_children(plan, budget, held_at_the_end):
+    card = dataclasses.replace(CARD, copies_bytes=budget)
+    loader = Loader({"card": card}, 1, vram_budget_bytes=100, limits=Limits(load_s=20, stall_s=5))
+    engines = {}
+    try:
+        for name in "abc" * 4:
+            with loader.lease(plan(name, "card", bytes=40), needs_bytes=40) as engine:
+                engines[engine.pid] = engine
+                limits = [e.copies_limit for e in engines.values()]
+                assert all(limit >= 0 for limit in limits) and sum(limits) <= budget
+                assert engine.keep_copies(engine.copies_limit) >= 40  # the model that came last has its copy
+        assert len(engines) == 2
+        assert sum(e.keep_copies(e.copies_limit) for e in engines.values()) == held_at_the_end
+        os.kill(min(engines), signal.SIGKILL)
+        eventually(lambda: len(children()) == 1)
+        with loader.lease(plan("d", "card", bytes=60), needs_bytes=60) as engine:
+            assert engine.copies_limit >= 60
+    finally:
+        loader.close()
 
 
 def test_close_ends_a_child_that_is_starting_and_no_other_takes_its_place(make_loader, plan):

@@ -50,5 +50,11 @@ class Engine(Protocol):
     def memory_bytes(self) -> int:
         """Memory in use by the model: resident memory of the process, or memory of the card."""
 
+    def keep_copies(self, most_bytes: int) -> int:
+        """Hold at most so many bytes of page-locked copies of models; returns what is held.
+
+        Asked only of engines that keep copies (EngineKind.copies_bytes).
+        """
+
     def unload(self) -> None:
         """Give the memory back. Called only when no answer is running."""

@@ -354,6 +354,9 @@ class ExLlamaEngine:
     def memory_bytes(self) -> int:
         return self._device_bytes()
 
+    def keep_copies(self, most_bytes: int) -> int:
+        return 0
+
     def unload(self) -> None:
         self._answers.clear()
         self._embeddings.clear()

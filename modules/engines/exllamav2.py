@@ -215,9 +215,8 @@ class ExLlamaV2Engine(ExLlamaEngine):
         while self._answers or time.monotonic() - self._busy_s < IDLE_S:
             time.sleep(0.05)
 
-    def pinned_bytes(self) -> int:
-        """Host memory in page-locked copies."""
-        return self._copies.used_bytes()
+    def keep_copies(self, most_bytes: int) -> int:
+        return self._copies.limit(most_bytes, tuple(self._in_use))
 
     def _load_parallel(self, kind: Any, tell: Any) -> None:
         config = self._model.config

@@ -138,6 +138,9 @@ class LlamaCpp:
     def memory_bytes(self) -> int:
         return _resident_bytes()
 
+    def keep_copies(self, most_bytes: int) -> int:
+        return 0
+
     def unload(self) -> None:
         for event in list(self._cancelled.values()):
             event.set()

@@ -143,7 +143,7 @@ class Worker:
         assert self._engine is not None
         if isinstance(message, _Waiting):
             if isinstance(message.message, messages.Load):
-                self._load(message, message.message.spec)
+                self._load(message, message.message)
             else:
                 self._start(message, message.message)
         elif isinstance(message, messages.Count):
@@ -152,11 +152,15 @@ class Worker:
             )
         elif isinstance(message, messages.Measure):
             self._guard(message.id, lambda engine: self.say(messages.Measured(message.id, engine.memory_bytes())))
+        elif isinstance(message, messages.Keep):
+            self._guard(
+                message.id, lambda engine: self.say(messages.Kept(message.id, engine.keep_copies(message.most_bytes)))
+            )
         elif isinstance(message, messages.Unload):
             self._engine.unload()
             self.say(messages.Unloaded(self._engine.memory_bytes()))
 
-    def _load(self, waiting: _Waiting, spec: messages.EngineSpec) -> None:
+    def _load(self, waiting: _Waiting, load: messages.Load) -> None:
         assert self._engine is not None
         began, here = time.monotonic(), threading.get_ident()
 
@@ -168,7 +172,9 @@ class Worker:
         try:
             if waiting.cancelled:
                 raise LoadError("The load was cancelled.")
-            context = self._engine.load(spec, progress)
+            if load.copies_bytes >= 0:
+                self._engine.keep_copies(load.copies_bytes)
+            context = self._engine.load(load.spec, progress)
             spent_s = round(time.monotonic() - began, 4)
             ready = messages.Ready(context, self._engine.memory_bytes(), spent_s, self._engine.at_once())
         except Exception as error:  # the boundary: every failure leaves as data
