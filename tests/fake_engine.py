@@ -2,7 +2,7 @@
 
 The "model file" is a small JSON file that says how to behave:
 {"load_s": 0, "count_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000,
- "at_once": 64, "text": "...", "after": 3,
+ "at_once": 1000, "text": "...", "after": 3,
  "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
 Of each model it keeps a "copy" as large as the model, the latest ones within the limit.
 Of more than at_once answers the others wait, and nothing is heard of them.
@@ -61,7 +61,7 @@ class FakeEngine:
         return spec.context
 
     def at_once(self) -> int:
-        return int(self.plan.get("at_once", 64))
+        return int(self.plan.get("at_once", 1000))
 
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         time.sleep(float(self.plan.get("count_s", 0)))
