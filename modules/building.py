@@ -48,9 +48,12 @@ def engines_for_cards(settings: Settings, hardware: Hardware) -> dict[str, Engin
     """The kinds of the ExLlama engines whose environments are installed, with code for the cards that are here."""
     environments = Environments(cards=cards_of(hardware))
     usable = [found.name for found in map(environments.get, NAMES) if found.usable]
-    more = (("TURNTABLE_PINNED_BYTES", str(settings.pinned_memory_bytes)), *_order_of_cards(hardware.snapshot()))
+    order = _order_of_cards(hardware.snapshot())
     kinds = {name: environments.kind(name) for name in usable}
-    return {name: dataclasses.replace(k, environment=(*k.environment, *more)) for name, k in kinds.items()}
+    kinds = {name: dataclasses.replace(k, environment=(*k.environment, *order)) for name, k in kinds.items()}
+    if "exllamav2" in kinds:  # ExLlamaV3 keeps no copies
+        kinds["exllamav2"] = dataclasses.replace(kinds["exllamav2"], copies_bytes=settings.pinned_memory_bytes)
+    return kinds
 
 
 def visible_cards(machine: Machine) -> list[SeenCard]:

@@ -15,8 +15,10 @@ One model goes through
     a crash takes READY, LEASED or DRAINING to ABSENT at once ------------'
 
 Several models stay in memory within the budget; the least recently used goes first.
-Requests for a model in memory are served at once and batched by its engine. Requests
-that need a swap wait in one queue, first come first served. A model that must make
+Requests for a model in memory are served at once and batched by its engine, as many
+as it runs side by side; the others wait for a place, because in the engine they would
+wait in silence, where they look like a fault. These and the requests that need a swap
+wait in one queue, first come first served. A model that must make
 room finishes its answers first, and takes newcomers only until the first in the
 queue has waited `patience_s`; so nobody waits for ever and models do not thrash.
 No background task ever causes a swap.
@@ -29,12 +31,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from modules.errors import (
     DoesNotFit,
     EngineCrashed,
     EngineMissing,
+    EngineStuck,
     LoadError,
     LoadTimedOut,
     ModelFilesError,
@@ -92,6 +95,7 @@ class _Resident:
     process: EngineProcess
     spec: EngineSpec
     memory_bytes: int
+    at_once: int
     leases: int = 0
     last_used: int = 0
     wanted_by: _Ticket | None = None
@@ -104,7 +108,7 @@ class _Ticket:
     report: Report
     cancelled: threading.Event
     fresh: str = ""
-    since_s: float = field(default_factory=time.monotonic)
+    since_s: float = 0.0  # set with the place in the queue, so that both have the same order
 
 
 class Loader:
@@ -167,7 +171,8 @@ class Loader:
         """Have `spec` in memory, and keep it there while the block runs.
 
         needs_bytes is what the model is expected to take; report gets Queued and Loading
-        events; setting `cancelled` ends the wait or the load with LeaseCancelled.
+        events; setting `cancelled` and calling wake() ends the wait or the load with
+        LeaseCancelled. What had been unloaded for that load is loaded again in any case.
         fresh loads the model although it is in memory, to measure that: "again" as a swap
         does, "child" in a new child. Its running answers end first; a load that fails or is
         cancelled leaves it out of memory, and the next lease loads it.
@@ -179,6 +184,8 @@ class Loader:
         with self._see:
             self._granted += 1
         try:
+            if ticket.cancelled.is_set():  # too late to stop the load: the model stays for whoever comes next
+                raise LeaseCancelled
             yield resident.process
         finally:
             with self._see:
@@ -190,26 +197,27 @@ class Loader:
     def wake(self) -> None:
         """Let waiting leases look at their `cancelled` at once; a load under way for a cancelled one is ended."""
         with self._see:
-            if self._swapping and self._swapping.cancelled.is_set() and self._starting:
-                self._starting.abort()
+            if self._starting:
+                self._starting.look()
             self._see.notify_all()
 
     def close(self) -> None:
         """End every child. Leases that still run see their engine crash."""
         with self._see:
             self._closed = True
-            processes = [r.process for r in self._residents.values()] + list(self._idle.values())
             if self._starting:
                 self._starting.abort()
             self._residents.clear()
             self._idle.clear()
             self._see.notify_all()
+            processes = list(self._children)
         for process in processes:
             process.stop()
 
     def _acquire(self, ticket: _Ticket) -> _Resident:
         with self._see:
             self._refuse_hopeless(ticket)
+            ticket.since_s = time.monotonic()
             self._queue.append(ticket)
         told = 0
         try:
@@ -265,7 +273,8 @@ class Loader:
             raise LeaseCancelled
         resident = self._residents.get(ticket.spec)
         if resident is not None and resident.process.alive and not ticket.fresh:
-            if self._must_stand_back(resident, ticket):
+            full = resident.leases >= resident.at_once or self._first_for(ticket.spec) is not ticket
+            if full or self._must_stand_back(resident, ticket):
                 return None, None
             resident.leases += 1
             self._touch(resident)
@@ -275,7 +284,7 @@ class Loader:
         if self._swapping is not None or self._first_swap() is not ticket:
             return None, None
         victims = self._victims(ticket)
-        if any(victim.leases for victim in victims):
+        if any(victim.leases or self._is_awaited(victim, ticket) for victim in victims):
             for victim in victims:
                 victim.wanted_by = victim.wanted_by or ticket
             return None, None
@@ -289,6 +298,14 @@ class Loader:
         return (
             rival is not None and rival.since_s < ticket.since_s and time.monotonic() - rival.since_s > self._patience_s
         )
+
+    def _is_awaited(self, resident: _Resident, ticket: _Ticket) -> bool:
+        """Does somebody who came before the ticket wait for a place there?"""
+        first = self._first_for(resident.spec)
+        return first is not None and first.since_s < ticket.since_s
+
+    def _first_for(self, spec: EngineSpec) -> _Ticket | None:
+        return next((t for t in self._queue if t.spec == spec and not t.fresh), None)
 
     def _first_swap(self) -> _Ticket | None:
         return next((t for t in self._queue if t.fresh or t.spec not in self._residents), None)
@@ -315,7 +332,7 @@ class Loader:
         """Runs without the lock; `_swapping` keeps every other swap away."""
         for victim in victims:
             self._tell(ticket, Loading("unloading", 0, ticket.needs_bytes))
-            self._retire(victim)
+            self._retire(victim, ticket.spec)
         try:
             resident = self._load(ticket, ticket.spec, ticket.needs_bytes)
         except (TurntableError, LeaseCancelled):
@@ -323,11 +340,9 @@ class Loader:
                 if victim.spec != ticket.spec:  # the same load has just failed or was given up
                     self._restore(ticket, victim)
             raise
-        with self._see:
-            resident.leases += 1
         return resident
 
-    def _retire(self, resident: _Resident) -> None:
+    def _retire(self, resident: _Resident, wanted: EngineSpec) -> None:
         """Unload, and make sure that the memory came back: the process is gone, or says how much it still holds."""
         process = resident.process
         log.info("unloading %s", resident.spec.model)
@@ -342,10 +357,42 @@ class Loader:
             log.warning("%d MB stayed in use after an unload; the engine's process is replaced", left >> 20)
             process.stop()
         else:
-            with self._see:
-                self._idle[process.kind.name] = process
+            self._park(process, wanted)
 
-    def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+    def _park(self, process: EngineProcess, wanted: EngineSpec) -> None:
+        """Keep a child without a model for the next one, the one that knows the wanted model if there is a choice.
+
+        One of each kind: every further one would hold a CUDA context and page-locked memory for nothing.
+        """
+        surplus: EngineProcess | None = process
+        with self._see:
+            other = self._idle.get(process.kind.name)
+            if not self._closed and (other is None or wanted.model in process.known - other.known):
+                self._idle[process.kind.name], surplus = process, other
+        if surplus is not None:
+            surplus.stop()
+
+    def _share_of_copies(self, process: EngineProcess, needs_bytes: int) -> int:
+        """How much a child may page-lock with its next model: what the others of its kind do not hold; -1 for no say.
+
+        The others give up only what that model may need, and may hold no more than the rest
+        until their own next load. So the sum stays within the budget at any time.
+        """
+        budget = process.kind.copies_bytes
+        if not budget:
+            return -1
+        with self._see:
+            others = [c for c in self._children if c.kind.name == process.kind.name and c is not process and c.alive]
+        held = [_limit_copies(other, other.copies_limit) for other in others]
+        lack = min(needs_bytes, budget) + sum(held) - budget
+        for number, other in enumerate(others):
+            now = _limit_copies(other, max(0, held[number] - max(0, lack)))
+            lack -= held[number] - now
+            held[number] = now
+        return max(0, budget - sum(held))
+
+    def _take_child(self, ticket: _Ticket, spec: EngineSpec) -> tuple[EngineProcess, float]:
+        """The idle child of the kind or a new one, and when that began. From here on it is the one that starts."""
         kind, began = self._kinds[spec.engine], time.monotonic()
         with self._see:
             process = self._idle.pop(kind.name, None)
@@ -357,18 +404,28 @@ class Loader:
         with self._see:
             self._children = [child for child in self._children if child.alive and child is not process] + [process]
             self._starting = process
+            closed = self._closed
+        if closed:  # close() has ended the others already
+            process.stop()
+            raise LeaseCancelled
+        return process, began
+
+    def _load(self, ticket: _Ticket, spec: EngineSpec, needs_bytes: int) -> _Resident:
+        # What is restored is not for the one who cancelled, and nobody may cancel it.
+        cancelled = ticket.cancelled if spec == ticket.spec else None
+        if cancelled is not None and cancelled.is_set():
+            raise LeaseCancelled
+        process, began = self._take_child(ticket, spec)
         ready = None
         try:
-            if ticket.cancelled.is_set() and spec == ticket.spec:
-                raise LeaseCancelled
-            ready = process.load(spec, lambda event: self._tell(ticket, event))
+            share = self._share_of_copies(process, needs_bytes)
+            ready = process.load(spec, lambda event: self._tell(ticket, event), cancelled, share)
             process.ping()
             process.up_s = time.monotonic() - began
             log.info("loaded %s in %.2f s, %d MB", spec.model, ready.load_s, ready.memory_bytes >> 20)
         except (TurntableError, LeaseCancelled) as error:
             if ready is None and self._is_clean(process, error):
-                with self._see:
-                    self._idle[kind.name] = process
+                self._park(process, ticket.spec)
             else:
                 process.stop()
             if ticket.cancelled.is_set() and spec == ticket.spec:
@@ -381,7 +438,9 @@ class Loader:
         finally:
             with self._see:
                 self._starting = None
-        resident = _Resident(process, spec, max(ready.memory_bytes, needs_bytes))
+        # Who waited for the load has its first place; others look for theirs as soon as it stands among the residents.
+        leases = int(spec == ticket.spec)
+        resident = _Resident(process, spec, max(ready.memory_bytes, needs_bytes), max(1, ready.at_once), leases)
         with self._see:
             if self._closed:
                 process.stop()
@@ -426,8 +485,19 @@ class Loader:
                 if resident.process is process:
                     del self._residents[spec]
                     self._crashes.setdefault(spec, []).append(time.monotonic())
+            if self._idle.get(process.kind.name) is process:
+                del self._idle[process.kind.name]
             self._see.notify_all()
         process.stop()
         for line in list(process.log)[-8:]:
             log.warning("%s: %s", process.kind.name, line)
         self._on_change()
+
+
+def _limit_copies(process: EngineProcess, most_bytes: int) -> int:
+    """Bytes that a child holds after it was told how much it may hold; of one that is gone, nothing is left."""
+    try:
+        return process.keep_copies(most_bytes)
+    except (EngineCrashed, EngineStuck) as error:
+        log.warning("%s", error)
+        return 0

@@ -1,8 +1,8 @@
 """The words that modules, threads and processes say to each other. Standard library only; nothing here does work.
 
 A line on the pipe is `{"kind": "Delta", ...fields}`. Parent to child: Load, Start,
-Count, Cancel, Unload, Measure. Child to parent: Hello, Loading, Ready, Unloaded,
-Counted, Measured, Prefill, Delta, Finished, Failed. The first six events of an
+Count, Cancel, Unload, Measure, Keep. Child to parent: Hello, Loading, Ready, Unloaded,
+Counted, Measured, Kept, Prefill, Delta, Finished, Failed. The first six events of an
 answer (Queued, Loading, Prefill, Delta, Finished, Failed) also form the one
 stream that assistant.py gives to the page, the terminal and the API.
 """
@@ -91,7 +91,10 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Load:
+    """copies_bytes is how much may be page-locked for copies of models, this one included; -1 leaves it as it is."""
+
     spec: EngineSpec
+    copies_bytes: int = -1
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Cancel:
+    """Give up an answer, or with an empty id the load under way."""
+
     id: str
 
 
@@ -130,6 +135,14 @@ class Unload:
 @dataclass(frozen=True)
 class Measure:
     id: str
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Hold at most so many bytes of page-locked copies of models from now on."""
+
+    id: str
+    most_bytes: int
 
 
 # Child to parent -----------------------------------------------------------------
@@ -166,11 +179,15 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model answers. context in tokens for one request; image tokens as the engine counts them."""
+    """The model answers. context in tokens for one request; image tokens as the engine counts them.
+
+    at_once is how many answers the engine runs side by side; further ones would wait there in silence.
+    """
 
     context: int
     memory_bytes: int
     load_s: float
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,14 @@ class Counted:
 class Measured:
     id: str
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is held now; more than was allowed only as long as a copy is in use."""
+
+    id: str
+    kept_bytes: int
 
 
 @dataclass(frozen=True)
@@ -234,7 +259,7 @@ Event = Queued | Loading | Prefill | Delta | Finished | Failed
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Load, Start, Count, Cancel, Unload, Measure, Hello, Queued, Loading, Ready,
+        Load, Start, Count, Cancel, Unload, Measure, Keep, Kept, Hello, Queued, Loading, Ready,
         Unloaded, Counted, Measured, Prefill, Delta, Finished, Failed,
     )
 }  # fmt: skip

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_GRACE_S = 3.0
 LOG_LINES = 200
 _END = object()
+_LOOK = object()
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class EngineKind:
     python is the interpreter that has the engine's library; where names the class as
     "module:Class" (empty: the worker's own table); keeps_process says that the child
     unloads in place and takes the next model, as engines on a GPU do; memory is the
-    kind of memory that its models take, "ram" or "vram".
+    kind of memory that its models take, "ram" or "vram"; copies_bytes is how much RAM
+    its children together may page-lock for copies of models.
     """
 
     name: str
@@ -49,16 +51,21 @@ class EngineKind:
     where: str = ""
     keeps_process: bool = False
     memory: str = "ram"
+    copies_bytes: int = 0
     environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Time limits of a child in seconds. stall_s is the longest silence in the middle of an answer."""
+    """Time limits of a child in seconds.
+
+    stall_s is the longest silence of a child that owes an answer, cancel_s what it may take to give up a load.
+    """
 
     load_s: float = 600.0
     stall_s: float = 120.0
     hello_s: float = 60.0
+    cancel_s: float = 5.0
 
 
 @dataclass
@@ -75,6 +82,8 @@ class EngineProcess:
         self.kind = kind
         self.spec: EngineSpec | None = None
         self.ready: messages.Ready | None = None
+        self.copies_limit = -1  # in bytes, as it was told last
+        self.known: set[str] = set()  # models that it has loaded, whose tokenizers and copies it may hold
         self.up_s = 0.0  # the last load as a person waits for it, to a first token; the start of a new child included
         self.version = ""
         self.log: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
@@ -83,6 +92,7 @@ class EngineProcess:
         self._writing = threading.Lock()
         self._boxes: dict[str, _Mailbox] = {"": _Mailbox()}
         self._boxes_lock = threading.Lock()
+        self._heard_s = 0.0  # when the child last said anything, to anybody
         self._ended = False
         self._stopping = False
         self._ids = itertools.count(1)
@@ -120,36 +130,63 @@ class EngineProcess:
     def pid(self) -> int:
         return self._child.pid
 
-    def load(self, spec: EngineSpec, progress: Callable[[messages.Loading], None]) -> messages.Ready:
-        """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut."""
-        self.spec = spec
-        self._send(messages.Load(spec))
-        deadline = time.monotonic() + self._limits.load_s
+    def load(
+        self, spec: EngineSpec, progress: Callable[[messages.Loading], None],
+        cancelled: threading.Event | None = None, copies_bytes: int = -1,
+    ) -> messages.Ready:  # fmt: skip
+        """Wait until the model is up. Raises the child's LoadError, EngineCrashed or LoadTimedOut.
+
+        Setting `cancelled` and calling look() gives the load up: in the child, which keeps
+        what it holds for the next model and reports a LoadError. It is ended when that takes
+        longer than cancel_s, and at once where its kind does not keep the process. A load
+        that is complete by then returns as ever. copies_bytes limits the page-locked copies
+        of models from now on; -1 leaves the limit as it is.
+        """
+        self.spec, self.copies_limit = spec, copies_bytes
+        self._send(messages.Load(spec, copies_bytes))
+        deadline, given_up = time.monotonic() + self._limits.load_s, False
         while True:
-            event = self._next("", deadline - time.monotonic(), LoadTimedOut, "The model was not ready in time.")
+            if cancelled is not None and cancelled.is_set() and not given_up:
+                given_up = True
+                deadline = min(deadline, self._give_up())
+            event = self._next("", deadline, LoadTimedOut, "The model was not ready in time.")
             if isinstance(event, messages.Hello):
                 self.version = event.version
             elif isinstance(event, messages.Loading):
                 progress(event)
             elif isinstance(event, messages.Ready):
                 self.ready = event
+                self.known.add(spec.model)
                 return event
+
+    def look(self) -> None:
+        """Let a load under way look at its `cancelled`. Thread-safe and harmless at any other time."""
+        with self._boxes_lock:
+            self._boxes[""].events.put(_LOOK)
+
+    def _give_up(self) -> float:
+        """Cancel the load under way; returns when the child must have complied."""
+        if self.kind.keeps_process:
+            self.cancel("")
+        else:
+            self.abort()  # it has nothing to keep, and llama.cpp cannot hear while it loads
+        return time.monotonic() + self._limits.cancel_s
 
     def generate(self, start: Start) -> Iterator[messages.Event]:
         """Yield the events of one answer, the last of them Finished.
 
         Raises what the child reported, EngineCrashed when it died and EngineStuck when
-        it was silent for too long (then it is ended). A caller that walks away cancels.
+        it was silent for too long (then it is ended): towards everybody, because an answer
+        may wait for another one. A caller that walks away cancels.
         """
         finished = False
         self._open_box(start.id)
         try:
             self._send(start)
             while True:
-                event = self._next(
-                    start.id, self._limits.stall_s, EngineStuck,
-                    f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended.",
-                )  # fmt: skip
+                event = self._hear(
+                    start.id, f"The engine gave no sign of life for {self._limits.stall_s:g} s and was ended."
+                )
                 finished = isinstance(event, messages.Finished)
                 yield event
                 if finished:
@@ -172,6 +209,11 @@ class EngineProcess:
         """Bytes in use by the model."""
         return int(self._ask(messages.Measure).memory_bytes)
 
+    def keep_copies(self, most_bytes: int) -> int:
+        """Limit the page-locked copies of models; returns the bytes that it holds."""
+        self.copies_limit = most_bytes
+        return int(self._ask(lambda call: messages.Keep(call, most_bytes)).kept_bytes)
+
     def ping(self) -> None:
         """Generate one token: the only proof that a model answers. Raises what went wrong."""
         start = Start(f"ping-{next(self._ids)}", (Message("user", "Hi"),), Sampling(temperature=0.0, max_tokens=1))
@@ -183,7 +225,7 @@ class EngineProcess:
         self._send(messages.Unload())
         deadline = time.monotonic() + 60
         while True:
-            event = self._next("", deadline - time.monotonic(), EngineStuck, "The engine did not unload in time.")
+            event = self._next("", deadline, EngineStuck, "The engine did not unload in time.")
             if isinstance(event, messages.Unloaded):
                 self.spec = None
                 return event.memory_bytes
@@ -222,7 +264,7 @@ class EngineProcess:
         self._open_box(call)
         try:
             self._send(make(call))
-            return self._next(call, self._limits.stall_s, EngineStuck, "The engine did not reply.")
+            return self._hear(call, "The engine did not reply.")
         finally:
             self._close_box(call)
 
@@ -236,14 +278,26 @@ class EngineProcess:
         with self._boxes_lock:
             self._boxes.pop(name, None)
 
-    def _next(self, box: str, timeout_s: float, late: type[TurntableError], words: str) -> Any:
+    def _hear(self, box: str, words: str) -> Any:
+        """The next event of an answer or a call. Silence is that of the child: whatever it says shows that it lives."""
+        stall_s = self._limits.stall_s
+        return self._next(box, time.monotonic() + stall_s, EngineStuck, words, stall_s)
+
+    def _next(
+        self, box: str, deadline: float, late: type[TurntableError], words: str, silence_s: float = 0.0
+    ) -> Any:
+        """The next event of a mailbox. Past the deadline and silence_s after its last word the child is ended."""
         with self._boxes_lock:
             mailbox = self._boxes[box]
-        try:
-            event = mailbox.events.get(timeout=max(0.0, timeout_s))
-        except queue.Empty:
-            self.abort()
-            raise late(words) from None
+        while True:
+            left_s = max(deadline, self._heard_s + silence_s) - time.monotonic()
+            try:
+                event = mailbox.events.get(timeout=max(0.0, left_s))
+                break
+            except queue.Empty:
+                if left_s <= 0:
+                    self.abort()
+                    raise late(words) from None
         if event is _END:
             mailbox.events.put(_END)  # for whoever asks next
             raise self._crash()
@@ -279,6 +333,7 @@ class EngineProcess:
             except ValueError as error:
                 self.log.append(f"dropped a line: {error}")
                 continue
+            self._heard_s = time.monotonic()
             with self._boxes_lock:
                 box = self._boxes.get(getattr(event, "id", ""))
             if box is not None:

@@ -1,8 +1,11 @@
 """An engine without a model, timing-true, with faults on order. It enters by the front door: `--engine fake=...`.
 
 The "model file" is a small JSON file that says how to behave:
-{"load_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000, "text": "...",
- "after": 3, "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
+{"load_s": 0, "count_s": 0, "bytes": 1000, "burst": 0, "tokens_per_second": 1000, "prompt_tokens_per_second": 100000,
+ "at_once": 1000, "text": "...", "after": 3,
+ "fault": one of load_error, load_crash, load_hang, crash_after, hang_after, garbage, error_after}
+Of each model it keeps a "copy" as large as the model, the latest ones within the limit.
+Of more than at_once answers the others wait, and nothing is heard of them.
 A user message "say N" answers with N tokens; "echo" repeats the message; otherwise `text` is the answer.
 """
 
@@ -30,6 +33,9 @@ class FakeEngine:
         self.plan: dict = {}
         self.context = 4096
         self.cancelled: dict[str, threading.Event] = {}
+        self.places = threading.Semaphore()
+        self.copies: dict[str, int] = {}
+        self.most_bytes = 0
 
     def version(self) -> str:
         return "1.0"
@@ -37,6 +43,7 @@ class FakeEngine:
     def load(self, spec: EngineSpec, progress: Progress) -> int:
         self.plan = json.loads(Path(spec.model).read_text())
         self.context = spec.context
+        self.places = threading.Semaphore(self.at_once())
         fault, total = self.plan.get("fault"), int(self.plan.get("bytes", 1000))
         if fault == "load_error":
             raise LoadError("The weights are broken.")
@@ -49,14 +56,20 @@ class FakeEngine:
             progress(Loading("reading", total * (step + 1) // steps, total))
         if fault == "load_hang":
             time.sleep(3600)
+        self.copies = {**{k: v for k, v in self.copies.items() if k != spec.model}, spec.model: total}
+        self.keep_copies(self.most_bytes)
         return spec.context
 
+    def at_once(self) -> int:
+        return int(self.plan.get("at_once", 1000))
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
+        time.sleep(float(self.plan.get("count_s", 0)))
         return tuple(len(WORD.findall(text)) for text in texts)
 
     def start(self, request: Start, emit: Emit) -> None:
         self.cancelled[request.id] = threading.Event()
-        threading.Thread(target=self._answer, args=(request, emit), daemon=True).start()
+        threading.Thread(target=self._wait, args=(request, emit), daemon=True).start()
 
     def _words(self, request: Start) -> list[str]:
         asked = request.messages[-1].text
@@ -67,6 +80,17 @@ class FakeEngine:
         if request.full_length:
             return [f"w{i} " for i in range(request.sampling.max_tokens + 1)]
         return WORD.findall(self.plan.get("text", "Hello from the fake engine."))
+
+    def _wait(self, request: Start, emit: Emit) -> None:
+        stop, places = self.cancelled[request.id], self.places
+        while not places.acquire(timeout=0.02):
+            if stop.is_set():
+                emit(Finished(request.id, "stopped"))
+                return
+        try:
+            self._answer(request, emit)
+        finally:
+            places.release()
 
     def _answer(self, request: Start, emit: Emit) -> None:
         stop = self.cancelled[request.id]
@@ -130,6 +154,12 @@ class FakeEngine:
 
     def memory_bytes(self) -> int:
         return int(self.plan.get("bytes", 0))
+
+    def keep_copies(self, most_bytes: int) -> int:
+        self.most_bytes = most_bytes
+        while sum(self.copies.values()) > most_bytes:
+            self.copies.pop(next(iter(self.copies)))
+        return sum(self.copies.values())
 
     def unload(self) -> None:
         self.plan = {}

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from modules.errors import (
 from modules.messages import EngineSpec, Message, Sampling
 from modules.process import EngineKind, EngineProcess, Limits
 
-from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually
+from .conftest import DEMO, EXLLAMA_PYTHON, LLAMA, ROOT, eventually, in_thread
 from .contract import Contract, Subject, ask
 from .demo_answers import ASKS, answers, expected
 from .gpu import scenarios
@@ -187,6 +188,36 @@ def test_a_tokenizer_that_changed_on_the_disk_is_read_again(begin, models: Path,
             one.load(spec_of(folder), quiet)
             counts.append(one.count_tokens(("hello w300",)))
     assert counts[0] == counts[1] != counts[2] == counts[3] == (1,)
+
+
+def test_a_cancel_that_overtakes_its_answer_is_not_lost(begin, models: Path) -> None:
+    process = begin()
+    process.load(spec_of(models / "exl2"), quiet)
+    words = ("some words " * 200,) * 200
+    counting = in_thread(lambda: process.count_tokens(words))
+    time.sleep(0.05)
+    heard = []
+    warm = Sampling(temperature=1.5, seed=0, max_tokens=900)
+    answering = in_thread(lambda: heard.append(ask(process, "Tell me.", "b", sampling=warm)))
+    time.sleep(0.02)
+    process.cancel("b")
+    answering.join(60)
+    counting.join(60)
+    assert heard[0].end.reason == "stopped"
+
+
+def test_without_flash_attn_one_answer_runs_at_a_time_whatever_the_preset_says(begin, models: Path) -> None:
+    assert begin().load(spec_of(models / "exl2", parallel=4), quiet).at_once == 1
+
+
+def test_a_load_can_be_cancelled_wherever_it_reports_and_leaves_nothing(models: Path) -> None:
+    program = "tests.exllama_on_cpu.cancelled_loads"
+    done = subprocess.run(
+        [EXLLAMA_PYTHON, "-m", program, "exllamav2", "ExLlamaV2Engine", str(models / "fp16")], cwd=ROOT, timeout=100,
+        capture_output=True, text=True, check=False, env={**os.environ, **dict(on_cpu().environment)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-2]) >= 2
 
 
 def test_gptq_is_read_with_its_order_of_inputs(begin, models: Path) -> None:

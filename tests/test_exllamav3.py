@@ -477,6 +477,16 @@ def test_two_answers_share_the_batch_and_one_waits_where_there_is_one_place(open
     assert sum(a != b for a, b in itertools.pairwise(order)) == 1
 
 
+def test_a_load_can_be_cancelled_wherever_it_reports_and_leaves_nothing(models: Path) -> None:
+    program = "tests.exllama_on_cpu.cancelled_loads"
+    done = subprocess.run(
+        [EXLLAMA_PYTHON, "-m", program, "exllamav3", "ExLlamaV3Engine", str(models / "fp16")], cwd=ROOT, timeout=100,
+        capture_output=True, text=True, check=False, env={**os.environ, **dict(on_cpu().environment)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-2]) >= 4
+
+
 def test_a_prompt_may_fill_the_context_to_the_last_place(opened, models: Path) -> None:
     process = opened(spec_of(models / "fp16", context=512))
     empty = ask(process, "").end.counts.prompt

@@ -123,6 +123,11 @@ assert copies.make(layouts[2], lambda: None)
 assert copies.find(layouts[1]) is None and copies.find(layouts[0]) and copies.find(layouts[2])
 assert copies.make(layouts[1], lambda: None, keep=(layouts[0].key, layouts[2].key)) is None
 assert copies.used_bytes() == 2 * size
+assert copies.limit(size, keep=(layouts[0].key,)) == size and copies.find(layouts[0])
+assert copies.make(layouts[1], lambda: None, keep=(layouts[0].key,)) is None
+assert copies.limit(0, keep=(layouts[0].key,)) == size, "what is in use stays"
+assert copies.limit(size * 2 + 10) == size and copies.make(layouts[1], lambda: None)
+assert copies.limit(size) == size and copies.find(layouts[1]) and copies.find(layouts[0]) is None
 assert HostCopies(size - 1).make(layouts[0], lambda: None) is None
 copies.clear()
 assert copies.used_bytes() == 0

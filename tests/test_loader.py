@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -10,10 +11,11 @@ import time
 import pytest
 
 from modules.errors import DoesNotFit, EngineCrashed, EngineMissing, LoadError
-from modules.loader import LeaseCancelled
+from modules.loader import LeaseCancelled, Loader
 from modules.messages import EngineSpec, Loading, Message, Queued, Start
+from modules.process import Limits
 
-from .conftest import children, eventually, in_thread
+from .conftest import CARD, children, eventually, in_thread
 
 
 def say(engine, count: int = 3, id: str = "r") -> int:
@@ -84,6 +86,59 @@ def test_nobody_waits_for_ever_behind_a_busy_model(make_loader, plan):
     for thread in floods:
         thread.join(10)
     assert waited < 3
+
+
+def test_answers_beyond_what_the_engine_runs_at_once_wait_for_a_place_in_order(make_loader, plan):
+    loader, spec = make_loader(), plan("a", at_once=2)
+    order, most, told = [], [], {name: [] for name in "abcde"}
+    wishes = {name: threading.Event() for name in told}
+    ends = {name: threading.Event() for name in told}
+
+    def answer(name):
+        try:
+            with loader.lease(spec, report=told[name].append, cancelled=wishes[name]) as engine:
+                order.append(name)
+                most.append(loader.snapshot().models[0].leases)
+                assert say(engine, 2, name) == 2
+                ends[name].wait(20)
+        except LeaseCancelled:
+            order.append(f"{name} gave up")
+
+    threads = []
+    for number, name in enumerate(told, 1):
+        threads.append(in_thread(lambda name=name: answer(name)))
+        eventually(lambda n=number: (len(order), loader.snapshot().waiting) == (min(n, 2), max(0, n - 2)))
+    eventually(lambda: told["e"] == [Queued(3)])
+    wishes["d"].set()
+    loader.wake()
+    eventually(lambda: order[2:] == ["d gave up"] and told["e"][-1] == Queued(2))
+    for name in "abce":
+        ends[name].set()
+        eventually(lambda n=name: order[-1] == {"a": "c", "b": "e"}.get(n, "e"))
+    for thread in threads:
+        thread.join(20)
+    assert order == ["a", "b", "d gave up", "c", "e"] and max(most) == 2
+    assert told["b"] == [] and told["c"] == [Queued(1)]
+
+
+def test_a_swap_goes_before_those_who_wait_for_a_place_and_came_later(make_loader, plan):
+    loader, order, end = make_loader(budget=150, patience_s=0.2), [], threading.Event()
+    a, b = plan("a", bytes=100, at_once=1), plan("b", bytes=100)
+
+    def answer(name, spec):
+        with loader.lease(spec, needs_bytes=100):
+            order.append(name)
+            end.wait(20)
+
+    threads = []
+    for number, (name, spec) in enumerate((("first", a), ("second", a), ("swap", b), ("late", a))):
+        threads.append(in_thread(lambda name=name, spec=spec: answer(name, spec)))
+        eventually(lambda n=number: order == ["first"] and loader.snapshot().waiting == n)
+    time.sleep(0.3)  # the swap's patience
+    end.set()
+    for thread in threads:
+        thread.join(20)
+    assert order == ["first", "second", "swap", "late"]
 
 
 def test_a_load_that_fails_brings_the_previous_model_back(make_loader, plan):
@@ -173,6 +228,59 @@ def test_cancel_in_the_queue_and_in_the_load(make_loader, plan):
         assert say(engine, 1) == 1
 
 
+@pytest.mark.parametrize("stage", ["unloading", "reading"])
+def test_a_cancelled_load_keeps_the_child_and_a_second_cancel_does_not_stop_the_way_back(make_loader, plan, stage):
+    loader, wish, stages = make_loader(vram_budget_bytes=150), threading.Event(), []
+    a = plan("a", "card", bytes=100)
+    with loader.lease(a, needs_bytes=100) as engine:
+        first = engine.pid
+    plan("a", "card", bytes=100, load_s=0.5)
+
+    def report(event):
+        if isinstance(event, Loading):
+            stages.append(event.stage)
+            if event.stage in (stage, "reading"):  # of the new model, and again of the old one on its way back
+                wish.set()
+                loader.wake()
+
+    began = time.monotonic()
+    with (
+        pytest.raises(LeaseCancelled),
+        loader.lease(plan("b", "card", bytes=100, load_s=15), needs_bytes=100, cancelled=wish, report=report),
+    ):
+        raise AssertionError("it was loaded")
+    assert time.monotonic() - began < 10 and stages[-1] == "reading" and "restoring" in stages
+    assert held(loader) == ["a"] and children() == {first}
+    with loader.lease(a, needs_bytes=100) as engine:
+        assert engine.pid == first and say(engine) == 3
+
+
+def test_a_child_that_does_not_give_up_a_load_is_ended(make_loader, plan):
+    loader, wish = make_loader(vram_budget_bytes=150, limits=Limits(load_s=60, cancel_s=0.3)), threading.Event()
+    with loader.lease(plan("a", "card", bytes=100), needs_bytes=100) as engine:
+        first = engine.pid
+
+    def report(event):
+        if isinstance(event, Loading) and event.fraction == 1:
+            wish.set()
+            loader.wake()
+
+    hangs = plan("b", "card", bytes=100, fault="load_hang")
+    with pytest.raises(LeaseCancelled), loader.lease(hangs, needs_bytes=100, cancelled=wish, report=report):
+        raise AssertionError("it was loaded")
+    assert held(loader) == ["a"] and len(children()) == 1 and children() != {first}
+
+
+def test_a_cancel_that_comes_when_the_model_is_up_leaves_it_there(make_loader, plan):
+    wish, spec = threading.Event(), plan("a")
+    loader = make_loader(on_change=lambda: held(loader) and wish.set())
+    with pytest.raises(LeaseCancelled), loader.lease(spec, cancelled=wish):
+        raise AssertionError("nobody wants it any more")
+    assert held(loader) == ["a"] and loader.snapshot().models[0].leases == 0
+    with loader.lease(spec) as engine:
+        assert say(engine) == 3
+
+
 def test_an_engine_that_keeps_its_process_swaps_in_place(make_loader, plan):
     loader = make_loader(budget=150)
     with loader.lease(plan("a", "keeps", bytes=100), needs_bytes=100) as engine:
@@ -192,6 +300,79 @@ def test_close_ends_every_child(make_loader, plan):
     assert children() == set()
     with pytest.raises(LeaseCancelled), loader.lease(plan("a")):
         pass
+
+
+def test_children_whose_models_made_room_together_are_ended_but_one(make_loader, plan):
+    loader = make_loader(vram_budget_bytes=100)
+    small, big = [plan(name, "card", bytes=30) for name in "abc"], plan("d", "card", bytes=95)
+    for _ in range(2):
+        for spec in small:
+            with loader.lease(spec, needs_bytes=30):
+                pass
+        assert len(children()) == 3
+        with loader.lease(big, needs_bytes=95) as engine:
+            assert children() == {engine.pid} and say(engine) == 3
+    with loader.lease(small[0], needs_bytes=30) as again:
+        assert again.pid == engine.pid
+    # Also where the load fails for which they made room, and the last of them comes back.
+    for spec in small:
+        with loader.lease(spec, needs_bytes=30):
+            pass
+    broken = plan("broken", "card", bytes=0, fault="load_error")
+    with pytest.raises(LoadError, match="broken"), loader.lease(broken, needs_bytes=95):
+        pass
+    assert sorted(held(loader)) == ["a", "b", "c"] and len(children()) == 3
+
+
+def test_of_two_idle_children_the_one_that_knows_the_model_takes_it(make_loader, plan):
+    loader = make_loader(vram_budget_bytes=100)
+    specs = {name: plan(name, "card", bytes=size) for name, size in (("a", 40), ("b", 40), ("big", 90))}
+    pids = {}
+    for name in ("big", "a", "b", "a", "big"):  # the child of big and a is used last, and so unloaded last
+        with loader.lease(specs[name], needs_bytes=90 if name == "big" else 40) as engine:
+            pids.setdefault(name, engine.pid)
+    assert pids["big"] == pids["a"] != pids["b"] and children() == {engine.pid} == {pids["big"]}
+
+
+@pytest.mark.parametrize(("budget", "held_at_the_end"), [(100, 80), (1000, 240)])
+def test_page_locked_copies_stay_within_the_budget_over_all_children(plan, budget, held_at_the_end):
+    card = dataclasses.replace(CARD, copies_bytes=budget)
+    loader = Loader({"card": card}, 1, vram_budget_bytes=100, limits=Limits(load_s=20, stall_s=5))
+    engines = {}
+    try:
+        for name in "abc" * 4:
+            with loader.lease(plan(name, "card", bytes=40), needs_bytes=40) as engine:
+                engines[engine.pid] = engine
+                limits = [e.copies_limit for e in engines.values()]
+                assert all(limit >= 0 for limit in limits) and sum(limits) <= budget
+                assert engine.keep_copies(engine.copies_limit) >= 40  # the model that came last has its copy
+        assert len(engines) == 2
+        assert sum(e.keep_copies(e.copies_limit) for e in engines.values()) == held_at_the_end
+        os.kill(min(engines), signal.SIGKILL)
+        eventually(lambda: len(children()) == 1)
+        with loader.lease(plan("d", "card", bytes=60), needs_bytes=60) as engine:
+            assert engine.copies_limit >= 60
+    finally:
+        loader.close()
+
+
+def test_close_ends_a_child_that_is_starting_and_no_other_takes_its_place(make_loader, plan):
+    loader, outcome = make_loader(budget=150), []
+    with loader.lease(plan("a", bytes=100), needs_bytes=100):
+        plan("a", bytes=100, load_s=20)  # were it loaded again, that would show
+
+    def swap():
+        try:
+            with loader.lease(plan("b", bytes=100, load_s=20), needs_bytes=100):
+                outcome.append("loaded")
+        except (EngineCrashed, LeaseCancelled):
+            outcome.append("ended")
+
+    thread = in_thread(swap)
+    eventually(lambda: loader.snapshot().progress is not None and loader.snapshot().progress.stage == "reading")
+    loader.close()
+    thread.join(8)
+    assert outcome == ["ended"] and children() == set()
 
 
 def test_many_swaps_leave_nothing_behind(make_loader, plan):

@@ -16,7 +16,7 @@ from modules.errors import EngineCrashed, EngineMissing, EngineStuck, GenerateEr
 from modules.messages import Cancel, Delta, EngineSpec, Finished, Message, Prefill, Sampling, Start, decode, encode
 from modules.process import EngineKind, EngineProcess, Limits
 
-from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually
+from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually, in_thread
 
 
 def start(text: str, id: str = "r1", **sampling) -> Start:
@@ -85,6 +85,21 @@ def test_cancel_in_the_answer_and_in_the_prompt(begin, plan):
     assert time.monotonic() - began < 2
 
 
+def test_a_cancel_that_overtakes_its_answer_is_not_lost(begin, plan):
+    engine, events = begin(), []
+    engine.load(plan(tokens_per_second=50, count_s=0.4), print)
+    for number in range(3):
+        counting = in_thread(lambda: engine.count_tokens(("one",)))  # the worker does nothing else meanwhile
+        time.sleep(0.1)
+        answering = in_thread(lambda id=f"r{number}": events.extend(engine.generate(start("say 500", id))))
+        time.sleep(0.1)
+        engine.cancel(f"r{number}")
+        answering.join(8)
+        counting.join()
+        assert isinstance(events[-1], Finished) and events[-1].reason == "stopped" and len(events) < 100
+    assert spoken(engine.generate(start("say 2", "r2"))) == "w0 w1 "
+
+
 def test_a_reader_that_walks_away_cancels(begin, plan):
     engine = begin()
     engine.load(plan(tokens_per_second=100), print)
@@ -140,6 +155,17 @@ def test_a_silent_engine_is_ended(begin, plan):
     with pytest.raises(EngineStuck, match="no sign of life"):
         list(engine.generate(start("say 10")))
     eventually(lambda: not engine.alive)
+
+
+def test_an_answer_that_waits_for_another_is_no_sign_of_a_stuck_engine(begin, plan):
+    engine = begin(limits=Limits(stall_s=1.5))
+    assert engine.load(plan(at_once=1, tokens_per_second=20), print).at_once == 1
+    long = []
+    first = in_thread(lambda: long.extend(engine.generate(start("say 60"))))  # 3 seconds
+    eventually(lambda: long)
+    assert spoken(engine.generate(start("say 2", "r2"))) == "w0 w1 "
+    first.join(5)
+    assert long[-1].counts.completion == 60
 
 
 def test_an_error_of_the_engine_leaves_it_alive(begin, plan):
@@ -204,7 +230,7 @@ def spec(name: str, **options) -> EngineSpec:
 
 def test_llamacpp_answers_thinks_counts_and_stops(begin):
     engine = begin(LLAMA)
-    engine.load(spec("reasoning", parallel=2), print)
+    assert engine.load(spec("reasoning", parallel=2), print).at_once == 2
     engine.ping()
     assert engine.count_tokens(("", "12 + 13"))[0] == 0
     events = list(engine.generate(start("What is 12 + 13?", temperature=0.0)))

@@ -27,8 +27,13 @@ class Engine(Protocol):
         """Bring the model into memory and return its context in tokens for one request.
 
         Raises LoadError or ModelFilesError with a message for a person. Called on the
-        worker's main thread, never while another model is loaded.
+        worker's main thread, never while another model is loaded. When the load is
+        cancelled, `progress` raises on that thread; an engine lets that through and
+        holds no memory afterwards. On other threads it never raises.
         """
+
+    def at_once(self) -> int:
+        """How many answers run side by side with the model that is loaded."""
 
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         """Tokens of each text, without the words of the chat template."""
@@ -44,6 +49,12 @@ class Engine(Protocol):
 
     def memory_bytes(self) -> int:
         """Memory in use by the model: resident memory of the process, or memory of the card."""
+
+    def keep_copies(self, most_bytes: int) -> int:
+        """Hold at most so many bytes of page-locked copies of models; returns what is held.
+
+        Asked only of engines that keep copies (EngineKind.copies_bytes).
+        """
 
     def unload(self) -> None:
         """Give the memory back. Called only when no answer is running."""

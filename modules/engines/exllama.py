@@ -291,6 +291,9 @@ class ExLlamaEngine:
             hint="The log has the engine's own words.",
         )
 
+    def at_once(self) -> int:
+        return self._spec.parallel if self._spec else 1
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self._count(text) for text in texts)
 
@@ -379,6 +382,9 @@ class ExLlamaEngine:
 
     def memory_bytes(self) -> int:
         return self._device_bytes()
+
+    def keep_copies(self, most_bytes: int) -> int:
+        return 0
 
     def unload(self) -> None:
         self._answers.clear()

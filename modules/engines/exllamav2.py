@@ -158,11 +158,13 @@ class ExLlamaV2Engine(ExLlamaEngine):
         rate = total / max(weights_s, 1e-6) / 1e9
         print(f"loaded: weights and cache {weights_s:.3f} s ({rate:.1f} GB/s), all {whole_s:.3f} s", flush=True)
 
+    def at_once(self) -> int:
+        return super().at_once() if self._paged() else 1
+
     def _cache_tokens(self) -> int:
         """Positions of the KV cache: the context of every answer that can run at once, or what the preset says."""
-        assert self._spec is not None
-        at_once = self._spec.parallel if self._paged() else 1
-        return max(pages_up(self._options.cache), self._context) if self._options.cache else self._context * at_once
+        whole = self._context * self.at_once()
+        return max(pages_up(self._options.cache), self._context) if self._options.cache else whole
 
     def _paged(self) -> bool:
         return bool(library_attention.has_flash_attn_with_paged)
@@ -209,9 +211,8 @@ class ExLlamaV2Engine(ExLlamaEngine):
         while self._answers or time.monotonic() - self._busy_s < IDLE_S:
             time.sleep(0.05)
 
-    def pinned_bytes(self) -> int:
-        """Host memory in page-locked copies."""
-        return self._copies.used_bytes()
+    def keep_copies(self, most_bytes: int) -> int:
+        return self._copies.limit(most_bytes, tuple(self._in_use))
 
     def _load_parallel(self, kind: Any, tell: Any) -> None:
         config = self._model.config
@@ -250,13 +251,12 @@ class ExLlamaV2Engine(ExLlamaEngine):
             self._loras.append(ExLlamaV2Lora.from_directory(self._model, str(folder), scale))
 
     def _make_generator(self) -> Any:
-        assert self._spec is not None
         config = self._model.config
         generator = ExLlamaV2DynamicGenerator(
             model=self._model, cache=self._cache, tokenizer=self._tokenizer, draft_model=self._draft_model,
             draft_cache=self._draft_cache, num_draft_tokens=self._options.draft_tokens,
             use_ngram_draft=self._options.draft == "ngram", max_chunk_size=config.max_input_len, paged=self._paged(),
-            max_batch_size=self._spec.parallel if self._paged() else 1,
+            max_batch_size=self.at_once(),
         )  # fmt: skip
         if self._loras:
             generator.set_loras(self._loras)

@@ -16,7 +16,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ class ExLlamaV3Engine(ExLlamaEngine):
         self._checkpoint = dataclasses.replace(self._checkpoint, vision=sees)
         if sees and (options.draft_model or options.draft):
             raise LoadError("Speculation cannot be used with a model that sees.", hint="Leave out draft.")
-        with _measured(progress, total):
+        with _measured(progress, total) as tell:
+            _before_each_module(config, tell)
             if sees:
                 self._tower = Model.from_config(config, component="vision")
                 self._tower.load(device="cuda:0", progressbar=False)
@@ -300,32 +301,49 @@ def capped(picture: Image.Image, max_pixels: int) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _measured(progress: Progress, total: int) -> Iterator[None]:
-    """Report the bytes that have arrived on the cards while the block runs: on one card the library tells nothing."""
+def _measured(progress: Progress, total: int) -> Iterator[Callable[[], None]]:
+    """Report the bytes that have arrived on the cards while the block runs: on one card the library tells nothing.
+
+    Gives the function that reports. The thread that loads calls it too, because only there a cancel can be raised.
+    """
 
     def allocated() -> int:
         return sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
 
-    begin, ended, best = allocated(), threading.Event(), 0
+    begin, ended, best, one = allocated(), threading.Event(), 0, threading.Lock()
+
+    def tell() -> None:
+        nonlocal best
+        with one:
+            best = min(total, max(best, allocated() - begin))
+            progress(Loading("reading", best, total))
 
     def watch() -> None:
-        nonlocal best
         while not ended.wait(0.05):
-            now = min(total, max(best, allocated() - begin))
-            if now > best:
-                best = now
-                progress(Loading("reading", best, total))
+            if min(total, allocated() - begin) > best:
+                tell()
 
-    progress(Loading("reading", 0, total))
+    tell()
     watcher = threading.Thread(target=watch, name="progress", daemon=True)
     watcher.start()
     began = time.monotonic()
     try:
-        yield
+        yield tell
     finally:
         ended.set()
         watcher.join()
     print(f"loaded: weights and cache {time.monotonic() - began:.3f} s", flush=True)
+
+
+def _before_each_module(config: Any, work: Callable[[], None]) -> None:
+    """Have `work` called on the loading thread: on one card the library has no callback."""
+    begin = config.stc.begin_deferred_load
+
+    def begin_deferred_load(*args: Any, **kwargs: Any) -> Any:
+        work()
+        return begin(*args, **kwargs)
+
+    config.stc.begin_deferred_load = begin_deferred_load
 
 
 # Self-test ---------------------------------------------------------------------------------

@@ -320,21 +320,34 @@ class HostCopies:
         with self._lock:
             return sum(copy.size for copy in self._copies.values())
 
+    def limit(self, budget_bytes: int, keep: Sequence[tuple[Any, ...]] = ()) -> int:
+        """Set the budget and let go of what is over it, the least recently used first. Returns the bytes of all copies.
+
+        Copies in use (keep) and one that is being made stay, so that may be more than the budget.
+        """
+        with self._lock:
+            self.budget_bytes = budget_bytes
+            self._make_room(0, keep)
+            return sum(copy.size for copy in self._copies.values())
+
+    def _make_room(self, size: int, keep: Sequence[tuple[Any, ...]]) -> bool:
+        while self._copies and sum(c.size for c in self._copies.values()) + size > self.budget_bytes:
+            oldest = next((key for key in self._copies if key not in keep and self._copies[key].ready), None)
+            if oldest is None:
+                return False
+            self._copies.pop(oldest).release()
+        return size <= self.budget_bytes
+
     def make(self, layout: Layout, pause: Callable[[], None], keep: Sequence[tuple[Any, ...]] = ()) -> HostCopy | None:
         """Copy a model into host memory; None when it does not fit into the budget or the machine's free memory.
 
         keep names copies that are in use and must stay (the embedding of a loaded model lies in its copy).
         """
-        if layout.size > self.budget_bytes:
-            return None
         with self._lock:
             if layout.key in self._copies:
                 return self._copies[layout.key]
-            while self._copies and sum(c.size for c in self._copies.values()) + layout.size > self.budget_bytes:
-                oldest = next((key for key in self._copies if key not in keep and self._copies[key].ready), None)
-                if oldest is None:
-                    return None
-                self._copies.pop(oldest).release()
+            if layout.size > self.budget_bytes or not self._make_room(layout.size, keep):
+                return None
             if _available_bytes() < layout.size + RAM_RESERVE_BYTES:
                 return None
             copy = HostCopy(layout)

@@ -109,6 +109,9 @@ class LlamaCpp:
             p.api_keys = [self._key]
         return p
 
+    def at_once(self) -> int:
+        return self._spec.parallel if self._spec else 1
+
     def count_tokens(self, texts: tuple[str, ...]) -> tuple[int, ...]:
         counts = []
         for text in texts:
@@ -134,6 +137,9 @@ class LlamaCpp:
 
     def memory_bytes(self) -> int:
         return _resident_bytes()
+
+    def keep_copies(self, most_bytes: int) -> int:
+        return 0
 
     def unload(self) -> None:
         for event in list(self._cancelled.values()):

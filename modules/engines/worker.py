@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from modules import messages
@@ -51,6 +52,14 @@ def open_engine(name: str, where: str) -> Engine:
     return engine
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """A Start that the engine may not have heard of yet, or a Load: its cancel has to be remembered here."""
+
+    message: messages.Start | messages.Load
+    cancelled: bool = False
+
+
 class Worker:
     """Carries messages between the pipe and the engine."""
 
@@ -58,6 +67,8 @@ class Worker:
         self._name, self._where, self._out = name, where, out
         self._writing = threading.Lock()
         self._inbox: queue.Queue[Any] = queue.Queue()
+        self._waiting: dict[str, _Waiting] = {}
+        self._waiting_lock = threading.Lock()
         self._engine: Engine | None = None
 
     def say(self, message: Any) -> None:
@@ -77,11 +88,40 @@ class Worker:
         for line in sys.stdin:
             message = messages.decode(line)
             if isinstance(message, messages.Cancel):
-                if self._engine is not None:
-                    self._engine.cancel(message.id)
+                self._cancel(message.id)
+            elif isinstance(message, messages.Start | messages.Load):
+                waiting = _Waiting(message)
+                with self._waiting_lock:
+                    self._waiting[getattr(message, "id", "")] = waiting
+                self._inbox.put(waiting)
             else:
                 self._inbox.put(message)
         os._exit(0)
+
+    def _cancel(self, request_id: str) -> None:
+        with self._waiting_lock:
+            waiting = self._waiting.get(request_id)
+            if waiting is not None:
+                waiting.cancelled = True
+                return
+        if request_id and self._engine is not None:
+            self._engine.cancel(request_id)
+
+    def _begun(self, request_id: str, waiting: _Waiting) -> None:
+        """From now on a cancel is for the engine."""
+        with self._waiting_lock:
+            if self._waiting.get(request_id) is waiting:  # the id may be in use again
+                del self._waiting[request_id]
+
+    def _start(self, waiting: _Waiting, start: messages.Start) -> None:
+        """Begin an answer. A cancel that came before the engine knows it ends it here, or right after its start."""
+        if not waiting.cancelled:
+            self._guard(start.id, lambda engine: engine.start(start, self.say))
+        else:
+            self.say(messages.Finished(start.id, "stopped"))
+        self._begun(start.id, waiting)
+        if waiting.cancelled and self._engine is not None:
+            self._engine.cancel(start.id)
 
     def run(self) -> int:
         """Serve until stdin ends."""
@@ -101,30 +141,48 @@ class Worker:
 
     def _handle(self, message: Any) -> None:
         assert self._engine is not None
-        if isinstance(message, messages.Load):
-            self._load(message.spec)
-        elif isinstance(message, messages.Start):
-            self._guard(message.id, lambda engine: engine.start(message, self.say))
+        if isinstance(message, _Waiting):
+            if isinstance(message.message, messages.Load):
+                self._load(message, message.message)
+            else:
+                self._start(message, message.message)
         elif isinstance(message, messages.Count):
             self._guard(
                 message.id, lambda engine: self.say(messages.Counted(message.id, engine.count_tokens(message.texts)))
             )
         elif isinstance(message, messages.Measure):
             self._guard(message.id, lambda engine: self.say(messages.Measured(message.id, engine.memory_bytes())))
+        elif isinstance(message, messages.Keep):
+            self._guard(
+                message.id, lambda engine: self.say(messages.Kept(message.id, engine.keep_copies(message.most_bytes)))
+            )
         elif isinstance(message, messages.Unload):
             self._engine.unload()
             self.say(messages.Unloaded(self._engine.memory_bytes()))
 
-    def _load(self, spec: messages.EngineSpec) -> None:
+    def _load(self, waiting: _Waiting, load: messages.Load) -> None:
         assert self._engine is not None
-        began = time.monotonic()
+        began, here = time.monotonic(), threading.get_ident()
+
+        def progress(event: messages.Loading) -> None:
+            if waiting.cancelled and threading.get_ident() == here:
+                raise LoadError("The load was cancelled.")
+            self.say(event)
+
         try:
-            context = self._engine.load(spec, self.say)
-            ready = messages.Ready(context, self._engine.memory_bytes(), round(time.monotonic() - began, 4))
+            if waiting.cancelled:
+                raise LoadError("The load was cancelled.")
+            if load.copies_bytes >= 0:
+                self._engine.keep_copies(load.copies_bytes)
+            context = self._engine.load(load.spec, progress)
+            spent_s = round(time.monotonic() - began, 4)
+            ready = messages.Ready(context, self._engine.memory_bytes(), spent_s, self._engine.at_once())
         except Exception as error:  # the boundary: every failure leaves as data
             known = error if isinstance(error, TurntableError) else LoadError(f"The engine could not load it: {error}")
+            self._begun("", waiting)
             self.say(messages.Failed("", **known.to_wire()))
             return
+        self._begun("", waiting)
         self.say(ready)
 
     def _guard(self, request_id: str, work: Any) -> None:
