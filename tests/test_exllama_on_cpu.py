@@ -268,6 +268,9 @@ del results, generator, cache
 model.unload()
 del model
 gc.collect()
+import pretend_cuda
+assert torch.cuda.memory_allocated() == pretend_cuda.WORKSPACE_BYTES, "cuBLAS keeps it until it is told"
+torch._C._cuda_clearCublasWorkspaces()
 assert torch.cuda.memory_allocated() == 0, torch.cuda.memory_allocated()
 """
     answer = child(program, assistant)
