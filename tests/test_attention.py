@@ -6,9 +6,18 @@ import subprocess
 
 # PyTorch is in the engines' environments only, so the comparison runs in a child that has it.
 PROGRAM = """
-import itertools, sys
+import itertools, sys, types
 import torch
-from modules.engines.attention import attend
+from modules.engines import attention
+from modules.engines.attention import SCORES_COPIES, attend
+
+real, most = torch.nn.functional.scaled_dot_product_attention, [0]
+def watched(q, k, v, *rest, **named):
+    assert q.shape[1] == k.shape[1] or named["enable_gqa"]
+    most[0] = max(most[0], SCORES_COPIES * 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2])
+    most.append(named["enable_gqa"])
+    return real(q, k, v, *rest, **named)
+attention.F = types.SimpleNamespace(scaled_dot_product_attention=watched)  # PyTorch's own knows itself by its name
 
 def plain(q, k, v, scale, causal, window, mask):
     heads, kv = q.shape[2], k.shape[2]
@@ -31,14 +40,28 @@ for queries, past, (heads, kv), window, causal in itertools.product(
 ):
     keys = queries + past
     q, k, v = torch.randn(2, queries, heads, 32), torch.randn(2, keys, kv, 32), torch.randn(2, keys, kv, 32)
-    got = attend(q, k, v, scale=0.3, causal=causal, window=window if causal else 0)
-    worst = max(worst, float((got - plain(q, k, v, 0.3, causal, window, None)).abs().max()))
+    wanted = plain(q, k, v, 0.3, causal, window, None)
+    for bound in (0, 1, 12_000, 1 << 30):
+        got = attend(q, k, v, scale=0.3, causal=causal, window=window if causal else 0, scores_bytes=bound)
+        worst = max(worst, float((got - wanted).abs().max()))
 blocks = torch.tensor([0, 0, 0, 1, 1, 2])
 mask = torch.where(blocks[:, None] == blocks[None, :], 0.0, -65504.0)
 q, k, v = (torch.randn(1, 6, 4, 32) for _ in range(3))
-for causal in (True, False):
-    got = attend(q, k, v, scale=0.2, mask=mask, causal=causal)
-    worst = max(worst, float((got - plain(q, k, v, 0.2, False, 0, mask)).abs().max()))
+by_head = mask + torch.arange(4.0)[None, :, None, None] * (torch.arange(6) % 2)
+for causal, bound, masked in itertools.product((True, False), (0, 1, 300, 1 << 30), (mask, mask[None, None], by_head)):
+    got = attend(q, k, v, scale=0.2, mask=masked, causal=causal, scores_bytes=bound)
+    worst = max(worst, float((got - plain(q, k, v, 0.2, False, 0, masked)).abs().max()))
+
+# Scores stay within the bound, however long the past is, and no kernel is asked to group heads.
+q, k, v = torch.randn(1, 512, 10, 8), torch.randn(1, 2048, 2, 8), torch.randn(1, 2048, 2, 8)
+for queries in (512, 1):
+    most[:] = [0]
+    bounded = attend(q[:, -queries:], k, v, scale=0.3, scores_bytes=1 << 20)
+    assert 0 < most[0] <= 1 << 20 and not any(most[1:]), most[:3]
+    most[:] = [0]
+    whole = attend(q[:, -queries:], k, v, scale=0.3)
+    worst = max(worst, float((bounded - whole).abs().max()))
+    assert most[0] == SCORES_COPIES * 4 * 10 * queries * 2048
 print(worst)
 sys.exit(0 if worst < 1e-5 else 1)
 """

@@ -271,6 +271,19 @@ def test_the_demo_models_answer_as_they_do_in_llama_cpp(begin, demo: Callable[[s
     assert answers(process, name) == expected(name)
 
 
+def test_a_card_without_the_flash_kernel_answers_the_same_with_bounded_scores(
+    begin, demo: Callable[[str], Path], tmp_path: Path
+) -> None:
+    process = begin(on_cpu(TURNTABLE_TEST_CAPABILITY="7.5"))
+    process.load(spec_of(demo("assistant")), quiet)
+    assert answers(process, "assistant") == expected("assistant")
+    process.unload()
+    process.load(spec_of(demo("vision")), quiet)
+    blue = drawn(tmp_path, "a.png", ("square", "blue", (10, 10, 40, 40)))
+    said = ask(process, (Message("user", "Describe the image.", (blue,)),)).text
+    assert said == "I see a blue square in the top left corner."
+
+
 def drawn(place: Path, name: str, *shapes: tuple[str, str, tuple[int, int, int, int]]) -> str:
     picture = Image.new("RGB", (112, 112), "white")
     pen = ImageDraw.Draw(picture)

@@ -5,8 +5,9 @@ copy of its own, that says `device` cuda:0 while the mode is on; what is compute
 bytes count as allocated, in steps of 512 as in PyTorch, until the last reference to its storage is gone: so
 `torch.cuda.memory_allocated()` tells of every reference that was kept. What `empty_cache()` has not given back yet
 counts in `memory_reserved()` and is missing from `mem_get_info()`. An allocation beyond TURNTABLE_TEST_VRAM_BYTES
-(for each of TURNTABLE_TEST_CARDS cards; 24 GiB unless said) raises torch.OutOfMemoryError. The first matrix product
-on a card leaves a workspace of cuBLAS there, as in PyTorch, until torch._C._cuda_clearCublasWorkspaces().
+(for each of TURNTABLE_TEST_CARDS cards; 24 GiB unless said) raises torch.OutOfMemoryError. The compute capability is
+TURNTABLE_TEST_CAPABILITY, 8.9 unless said. The first matrix product on a card leaves a workspace of cuBLAS there, as
+in PyTorch, until torch._C._cuda_clearCublasWorkspaces().
 
 Not shown: streams and events do nothing, so what only their order can break is not seen; tensors of different
 devices may be mixed; what one PyTorch function allocates inside itself and frees again is not counted.
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 CARDS = int(os.environ.get("TURNTABLE_TEST_CARDS", "1"))
 VRAM_BYTES = int(os.environ.get("TURNTABLE_TEST_VRAM_BYTES", str(24 << 30)))
+CAPABILITY = tuple(map(int, os.environ.get("TURNTABLE_TEST_CAPABILITY", "8.9").split(".")))
 STEP_BYTES = 512
 WORKSPACE_BYTES = 8519680  # what PyTorch gives cuBLAS on cards before Hopper; pytorch issue 95668
 REAL_DEVICE = torch.device
@@ -311,7 +313,8 @@ def install() -> None:
     if getattr(cuda, "pretended", False):
         return
     properties = types.SimpleNamespace(
-        name="Pretended card", major=8, minor=9, total_memory=VRAM_BYTES, multi_processor_count=1, warp_size=32,
+        name="Pretended card", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=VRAM_BYTES,
+        multi_processor_count=1, warp_size=32,
         shared_memory_per_block=49152, max_threads_per_multi_processor=1536, L2_cache_size=1 << 20, gcnArchName="",
         is_integrated=False,
     )  # fmt: skip
@@ -324,7 +327,7 @@ def install() -> None:
     replaced = {
         "is_available": lambda: True, "device_count": lambda: CARDS, "current_device": lambda: 0, "init": lambda: None,
         "is_initialized": lambda: True, "get_device_properties": lambda d=None: each[_index(d)],
-        "get_device_name": lambda d=None: properties.name, "get_device_capability": lambda d=None: (8, 9),
+        "get_device_name": lambda d=None: properties.name, "get_device_capability": lambda d=None: CAPABILITY,
         "mem_get_info": lambda d=None: (VRAM_BYTES - MEMORY.reserved[_index(d)], VRAM_BYTES),
         "memory_allocated": lambda d=None: MEMORY.used[_index(d)],
         "memory_reserved": lambda d=None: MEMORY.reserved[_index(d)],
