@@ -464,6 +464,8 @@ class _Nvml:
         memory = memory or self._ask("nvmlDeviceGetMemoryInfo", handle, needed=True)
         if memory is None:
             return card
+        if not 0 <= int(memory.used) <= int(memory.total) or not 0 <= int(memory.free) <= int(memory.total):
+            return card  # a driver that is out of its mind: better no figure than terabytes to plan with
         found = self._processes(handle, ours)
         mine, others = _shares(int(memory.used), found, ours, self._in_container and not self._visible(found))
         return replace(

@@ -492,6 +492,9 @@ class Live:
         except (ValueError, TypeError, KeyError) as error:
             log.debug("a page asked nonsense: %s", error)
             self._refuse(page, said, InvalidRequest("The page asked something that cannot be answered."))
+        except Exception:  # a page that waits for an answer has to get one
+            log.exception("a page's question could not be answered")
+            self._refuse(page, said, TurntableError("The server could not answer that."))
         finally:
             page.asked -= 1
 

@@ -228,6 +228,14 @@ def test_a_driver_that_does_not_say_how_much(start, two_cards: Plan) -> None:
     assert child.cards()[1].others_bytes == 9216 * MIB
 
 
+def test_figures_that_cannot_be_are_no_figures(start, two_cards: Plan) -> None:
+    two_cards.cards[0]["used"] = 30_000  # MiB, of 24,564
+    two_cards.write()
+    first, second = start(two_cards).cards()[:2]
+    assert (first.state, first.used_bytes, first.free_bytes) == ("ok", None, None)
+    assert second.used_bytes == 9216 * MIB
+
+
 def test_a_driver_that_does_not_list_programs(start, two_cards: Plan) -> None:
     two_cards.faults = [
         (1, f"nvmlDeviceGet{kind}RunningProcesses_{v}", 3) for kind in ("Compute", "Graphics") for v in ("v2", "v3")

@@ -224,9 +224,23 @@ def test_a_plan_says_what_else_would_fit_and_warns(page) -> None:
     assert "Does not fit" not in fits and "Does not fit" in more
     assert "4-bit keys" in page.planning.plan({"of": coder, "place": BIG, "cache": "Q4"})["html"]
     assert "tokens per second" in answer and "page-locked copy" in answer
+    assert "Other bits are another branch" in answer and "<code>" not in answer and "data-action=" not in answer
+    answer = page.planning.plan({"of": coder, "place": BIG, "context": 4096})["html"]
     assert "python app.py download bartowski/Qwen2.5-Coder-32B-Instruct-exl2@4_25" in answer
     assert "hf download bartowski/Qwen2.5-Coder-32B-Instruct-exl2 --revision 4_25" in answer
     assert "context = 4096, cache_mode = &quot;Q6&quot;" in answer
+
+
+def test_the_bits_that_are_shown_are_those_that_were_asked_for(page) -> None:
+    for preset, title in zip(("assistant", "vision", "coding"), PICKS, strict=False):
+        one = of(page, preset, title)
+        form = page.planning.plan({"of": one, "place": BIG})["form"]
+        values = [value for value, _ in form["bits"]]
+        assert form["bit"] in values and values == sorted(values, key=float)
+        for value in values:
+            assert page.planning.plan({"of": one, "place": BIG, "bits": value})["form"]["bit"] == value
+        use = page.planning.plan({"of": one, "place": "RTX A6000, 48 GB", "bits": "3"})["html"]
+        assert re.search(r'data-use="bits" data-value="([\d.]+)"', use)[1] in values
 
 
 def test_two_cards_share_what_one_cannot_hold(page) -> None:

@@ -111,9 +111,15 @@ class Planning:
         return (
             f'<p class="verdict {VERDICTS[verdict.kind]}">{html.escape(verdict.words)}</p>{bar(planned, place, verdict)}'
             f'{legend(planned, place)}<ul class="advice">{said}</ul>{notes}<details><summary>All parts</summary><table>{parts}'
-            f"</table></details>{self._commands(found, variant, setup)}"
-            f'<div class="buttons">{_download(found, variant, of)}</div>'
+            f"</table></details>{self._get(found, variant, of, setup)}"
         )
+
+    def _get(self, found: Found, variant: Variant | None, of: str, setup: Setup) -> str:
+        """The commands and the button; of other bits, which are another file, nothing is known to download."""
+        if setup.quantization != found.setup.quantization:
+            own = _bits_of(found.setup.quantization)
+            return f"<p class='note'>Other bits are another branch or file than this one of {html.escape(own)}; look it up by its name.</p>"
+        return f'{self._commands(found, variant, setup)}<div class="buttons">{_download(found, variant, of)}</div>'
 
     def _commands(self, found: Found, variant: Variant | None, setup: Setup) -> str:
         ref = found.download.ref if found.download else Ref.of(variant) if variant is not None and variant.repo else None
@@ -182,12 +188,13 @@ def _bit_choices(setup: Setup) -> list[tuple[str, str]]:
     """Value and label, the fewest bits first; only its own where there is nothing to choose."""
     kind, own = setup.quantization.kind, _bits_of(setup.quantization)
     if kind == "gguf":
-        names = SCHEMES if own in SCHEMES or not own else (own, *SCHEMES)
-        return [(name, name) for name in names]
+        names = SCHEMES if own in SCHEMES else (own, *SCHEMES)
+        return [(name, name or "as it is") for name in names]
     if kind not in ("exl2", "exl3"):
         return [(own, f"{own} bpw")]
-    values = sorted({*planner.BITS, round(setup.quantization.bpw, 2)})
-    return [(f"{bits:g}", f"{bits:g} bpw") for bits in values]
+    most = planner.EXL2_MOST_BITS if kind == "exl2" else 16.0  # what 8 bits come to
+    values = sorted({*(min(bits, most) for bits in planner.BITS), round(setup.quantization.bpw, 2)})
+    return [(f"{bits:g}", "8 bpw (7.6 in fact)" if bits == planner.EXL2_MOST_BITS else f"{bits:g} bpw") for bits in values]
 
 
 def _form(own: Setup, setup: Setup) -> dict[str, Any]:
@@ -237,8 +244,9 @@ def _advice(found: Found, planned: Plan, place: Place, tensors: Any) -> list[str
         said.append(f'Cache mode {best} {why}. <button type="button" data-use="cache" data-value="{best}">Use</button>')
     if setup.quantization.kind in ("exl2", "exl3"):
         bits = advice.best_bits(own, place)
-        if bits and abs(min(bits, planner.EXL2_MOST_BITS) - setup.quantization.bpw) > 0.06:
-            said.append(f'Most bits per weight that fit: {bits:g}. <button type="button" data-use="bits" data-value="{bits:g}">Use</button>')
+        value = min(bits, planner.EXL2_MOST_BITS) if setup.quantization.kind == "exl2" else bits
+        if bits and abs(value - setup.quantization.bpw) > 0.06:
+            said.append(f'Most bits per weight that fit: {bits:g}. <button type="button" data-use="bits" data-value="{value:g}">Use</button>')
     if speed := advice.speed(planned, place):
         source = f"{place.bandwidth_gb_s(setup):.0f} GB/s of {'VRAM' if setup.gpus else 'RAM, a guess'}"
         said.append(f"About {speed:.0f} tokens per second, an estimate from {source}.")

@@ -138,6 +138,7 @@ def test_the_plan_moves_live_with_its_sliders(drive) -> None:
     )
     assert drive.page.evaluate("document.activeElement.id") == "plan-context"
     assert drive.page.inner_text("#plan-form output >> nth=0") == "12,288 tokens"
+    assert "python app.py download bartowski/" in drive.page.inner_text("#plan .command >> nth=0")
     drive.page.select_option("#plan-cache", "FP16")
     drive.page.focus("#plan-bits")
     drive.page.keyboard.press("End")
@@ -145,7 +146,7 @@ def test_the_plan_moves_live_with_its_sliders(drive) -> None:
     assert "missing" in drive.page.inner_text("#plan .verdict")
     drive.page.click("#plan [data-use=bits]")
     drive.page.wait_for_selector("#plan .verdict:not(.no)")
-    assert "python app.py download bartowski/" in drive.page.inner_text("#plan .command >> nth=0")
+    assert "Other bits are another branch" in drive.page.inner_text("#plan-result")
     drive.page.keyboard.press("Escape")
     assert not drive.page.locator("#plan").is_visible()
 
@@ -163,6 +164,30 @@ def test_a_repository_that_was_typed_in_is_planned_without_its_weights(drive, hu
     drive.page.click("#look button")
     drive.page.wait_for_selector("#look-page .oops")
     assert "maker/nothing" in drive.page.inner_text("#look-page .oops")
+
+
+def test_what_was_asked_of_a_lost_connection_is_given_up_and_the_next_plan_comes(drive, hub) -> None:
+    hub.silent.set()
+    try:
+        drive.page.fill("#look-repo", "maker/model-exl2")
+        drive.page.keyboard.press("Enter")
+        drive.page.wait_for_selector("#look-page >> text=Asking")
+        drive.page.evaluate("document.dispatchEvent(new Event('turntable-closed'))")  # as page.js says it
+        drive.page.wait_for_selector("#look-page .oops >> text=The connection was lost.")
+    finally:
+        hub.silent.clear()
+    drive.page.locator(".variants [data-plan]").first.click()
+    drive.page.wait_for_selector("#plan .verdict")
+
+
+def test_the_focus_stays_when_the_list_is_drawn_again(drive) -> None:
+    button = drive.page.locator(".variants [data-plan]").nth(3)
+    name = button.get_attribute("data-plan")
+    button.focus()
+    drive.page.evaluate("document.querySelector('.variants').dataset.old = 'yes'")
+    drive.page.evaluate("document.querySelector('.filter [data-action=refresh]').click()")
+    drive.page.wait_for_selector(".variants:not([data-old])")
+    assert drive.page.evaluate("document.activeElement.dataset.plan") == name
 
 
 def test_from_the_download_to_the_answer_and_away_with_undo(drive, models_server, chromium) -> None:

@@ -10,6 +10,13 @@
     waiting[ref] = { done, failed };
     if (!tell({ do: 'ask', to, ref, ...said })) { delete waiting[ref]; if (failed) failed({ message: 'The connection is lost.', hint: '' }); }
   }
+  document.addEventListener('turntable-closed', () => { // what was asked of the old connection is never answered
+    for (const ref of Object.keys(waiting)) {
+      const { failed } = waiting[ref];
+      delete waiting[ref];
+      if (failed) failed({ message: 'The connection was lost.', hint: 'Try again in a moment.' });
+    }
+  });
   handlers.told = f => { const wait = waiting[f.ref]; delete waiting[f.ref]; if (wait) wait.done(f); };
   const plainError = handlers.error;
   handlers.error = f => {
@@ -20,15 +27,30 @@
   };
 
   // The list ------------------------------------------------------------------------------
+  // Which button has the focus, so that it can have it again after the list was drawn anew.
+  function focused() {
+    const button = document.activeElement, region = button && button.closest('#models-page, #models-table, #shelf-page');
+    if (!region || button.nodeName !== 'BUTTON') return null;
+    const is = ['plan', 'sort', 'name', 'action'].filter(name => button.dataset[name] !== undefined);
+    return '#' + region.id + ' button' + is.map(name => `[data-${name}="${CSS.escape(button.dataset[name])}"]`).join('');
+  }
+  function focus(selector, otherwise) {
+    if (!selector || (document.activeElement && document.activeElement !== document.body)) return;
+    const button = $(selector) || (otherwise && $(otherwise));
+    if (button) button.focus({ preventScroll: true });
+  }
   function draw(text) { // two parts: between them are the fields, which stay
+    const was = focused();
     const box = document.createElement('div');
     box.innerHTML = text;
     $('#models-page').replaceChildren(...box.firstChild.childNodes);
     $('#models-table').replaceChildren(...box.lastChild.childNodes);
     sort(); filter();
+    focus(was);
   }
   const plainPanel = handlers.panel;
   handlers.panel = f => {
+    if (f.name === 'shelf') { const was = focused(); plainPanel(f); return focus(was, '#shelf-page [data-action=undo]'); }
     if (f.name !== 'models') return plainPanel(f);
     if (machine === 'here') draw(f.html); else judge();
   };

@@ -36,6 +36,7 @@
     socket.onmessage = event => take(JSON.parse(event.data));
     socket.onclose = () => {
       document.body.classList.add('offline');
+      document.dispatchEvent(new Event('turntable-closed'));
       $('#status-model').textContent = 'Connection lost, trying again …';
       setTimeout(connect, Math.min(4000, 250 * 2 ** tries++));
     };

@@ -1,0 +1,59 @@
+"""The hub of the pages, in its own event loop, with a question that nobody foresaw."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from modules.assistant import Assistant
+from modules.chats import Chats
+from modules.errors import PresetNotFound
+from modules.images import Images
+from modules.library import Library
+from modules.live import MOST_ASKED, Live
+from modules.presets import Presets
+
+from .conftest import DEMO, LLAMA, ROOT
+
+
+def answer(said: Mapping[str, Any]) -> dict[str, Any]:
+    if said.get("what") == "bug":
+        return {"html": 1 / int(said["by"])}
+    if said.get("what") == "error":
+        raise PresetNotFound("There is none.")
+    return {"html": "x" * int(said["long"])}
+
+
+def test_every_question_is_answered_whatever_goes_wrong(tmp_path, make_loader) -> None:
+    assistant = Assistant(
+        Presets([ROOT / "presets"]), Library(tmp_path / "models", DEMO), make_loader(8 << 30),
+        Chats(tmp_path / "chats.db"), Images(tmp_path / "images"), {"llamacpp": LLAMA},
+    )  # fmt: skip
+    live = Live(assistant, answerers={"it": answer})
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        live.start()
+        yield
+
+    app = Starlette(routes=live.routes(), lifespan=lifespan)
+    with TestClient(app) as client, client.websocket_connect("/live") as page:
+
+        def ask(ref: str, **said: object) -> dict[str, Any]:
+            page.send_json({"do": "ask", "to": "it", "ref": ref, **said})
+            while (frame := page.receive_json()).get("ref") != ref:
+                pass
+            return frame
+
+        assert ask("a", long=3) == {"t": "told", "ref": "a", "html": "xxx"}
+        assert ask("b", what="error")["code"] == "preset_not_found"
+        assert ask("c", what="nonsense")["code"] == "invalid_request"
+        for turn in range(2 * MOST_ASKED):  # a question that failed is none that is still under way
+            bug = ask(f"d{turn}", what="bug", by=0)
+            assert (bug["t"], bug["message"]) == ("error", "The server could not answer that.")
+        assert ask("e", long=1)["html"] == "x"
+    assistant.close()
