@@ -63,6 +63,8 @@ log = logging.getLogger("turntable.downloads")
 
 MANIFEST = ".turntable.json"
 PARTIAL = ".partial"
+_WEIGHTS = (".gguf", ".safetensors")
+_MOVE = "Move or rename what lies there; a preset can use it by its path. Then resume the download."
 RUNNING = ("queued", "planning", "checking", "downloading", "publishing")
 
 _GB = 10**9
@@ -546,18 +548,69 @@ def _load_plan(table: dict[str, Any], ref: Ref, folder: Path) -> Plan | None:
 # Publication ----------------------------------------------------------------------------------------
 
 
+def _recorded(folder: Path, repo: str) -> dict[str, Entry]:
+    """The files of a folder that a download of this repository put there, as they were then."""
+    found = {}
+    for name, table in read_manifest(folder).items():
+        size, algorithm, digest = table.get("size_bytes"), str(table.get("algorithm")), str(table.get("digest"))
+        plain = not re.search(r"[\\/\x00]", name) and name not in ("", ".", "..")
+        if plain and type(size) is int and str(table.get("repo")).lower() == repo.lower():
+            found[name] = Entry(name, size, algorithm, digest)
+    return found
+
+
+def _same(path: Path, other: Path) -> bool:
+    """Two names of one file, as _link() makes them; what it had to copy is told by its hash."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def _refuse_foreign(job: _Job, plan: Plan, stop: threading.Event, missing: Iterable[Entry] = ()) -> None:
+    """Raise a DownloadError where publication would take a file from its place that is somebody else's.
+
+    missing are the files that are not staged yet. What the hub would send anyway may
+    be anybody's, and so may a file that the model does not need, unless it is weights:
+    those would lie in another folder than before, under the name of this model.
+    """
+    target, repo = job.target, plan.ref.repo
+    if target.is_symlink() or (os.path.lexists(target) and not target.is_dir()):
+        what = "is a link" if target.is_symlink() else "is a file"
+        raise DownloadError(f"{target} {what}, and the folder of {repo} would have its name.", hint=_MOVE)
+    own = _recorded(target, repo)
+    wanted = {entry.name: entry for entry in plan.entries}
+    names = [name for name in wanted if os.path.lexists(target / name)]
+    if target.is_dir() and not plan.ref.file:
+        names += [p.name for p in target.iterdir() if p.name.lower().endswith(_WEIGHTS) and p.name not in wanted]
+    for name in sorted(set(names) - own.keys()):
+        path, staged, entry = target / name, job.staged / name, wanted.get(name)
+        if entry is not None:
+            in_place = not staged.exists() and entry not in missing
+            if in_place or _same(path, staged) or _is(path, entry, stop):
+                continue
+        owner = read_manifest(target).get(name, {}).get("repo")
+        whose = f"of {owner}" if owner else f"which no download of {repo} put there"
+        raise DownloadError(f"{target} already holds another {name}, {whose}. Nothing was changed.", hint=_MOVE)
+
+
 def _publish(job: _Job, plan: Plan) -> None:
     """Put the staged files under the model's name. Safe to be killed anywhere, and to be called again after that.
 
     A folder of safetensors is swapped as a whole. Into a folder of GGUF files, which
     may hold other models in use, the parts are moved one by one; the library takes
-    a model for present only when every part and the projector are.
+    a model for present only when every part and the projector are. Raises
+    DownloadError, before anything is moved, where a file of somebody else's came there
+    since the download began.
     """
     target, staged, old = job.target, job.staged, job.home / "old"
     if staged.is_dir():
+        _refuse_foreign(job, plan, threading.Event())  # a half publication is never paused
         if target.is_dir() and plan.ref.file:
+            recorded = _recorded(target, plan.ref.repo)
             for entry in plan.entries:
                 if (staged / entry.name).exists():
+                    _spare(target / entry.name, recorded.get(entry.name), entry)
                     os.replace(staged / entry.name, target / entry.name)
             _sync_folder(target)
             _write_manifest(target, plan)
@@ -565,11 +618,31 @@ def _publish(job: _Job, plan: Plan) -> None:
             _write_manifest(staged, plan)
             _sync_folder(staged)
             if target.exists():
+                if old.is_dir():  # an earlier try ended between its two renames, and the name was taken since
+                    _clear(old, target, plan)
                 os.rename(target, old)
             os.rename(staged, target)
             _sync_folder(target.parent)
     if old.is_dir():
         _clear(old, target, plan)
+
+
+def _spare(path: Path, recorded: Entry | None, wanted: Entry) -> None:
+    """Move a file aside that is about to be replaced, unless it can be had from the hub again."""
+    if os.path.lexists(path) and not _known(path, recorded, wanted):
+        os.rename(path, _kept_name(path))
+
+
+def _known(path: Path, *entries: Entry | None) -> bool:
+    return any(entry is not None and _is(path, entry, threading.Event()) for entry in entries)
+
+
+def _kept_name(path: Path) -> Path:
+    """Where to keep what lay at a path."""
+    number = 1
+    while os.path.lexists(kept := path.with_name(f"{path.name}.replaced-{number}")):
+        number += 1
+    return kept
 
 
 def _write_manifest(folder: Path, plan: Plan) -> None:
@@ -583,18 +656,17 @@ def _write_manifest(folder: Path, plan: Plan) -> None:
 
 
 def _clear(old: Path, target: Path, plan: Plan) -> None:
-    """Delete what was replaced. Files of the person's own among it are kept beside the model."""
-    names = {entry.name for entry in plan.entries} | read_manifest(old).keys() | {MANIFEST}
-    for name in names:
-        if "/" not in name and "\\" not in name and name not in (".", ".."):
-            (old / name).unlink(missing_ok=True)
+    """Delete of what was replaced the files that the hub sent, unchanged. All others are kept beside the model."""
+    recorded = _recorded(old, plan.ref.repo)
+    wanted = {entry.name: entry for entry in plan.entries}
+    for name in sorted(recorded.keys() | wanted.keys()):
+        if _same(old / name, target / name) or _known(old / name, recorded.get(name), wanted.get(name)):
+            (old / name).unlink()
+    (old / MANIFEST).unlink(missing_ok=True)  # the last: after a kill it is needed again
     try:
         old.rmdir()
     except OSError:
-        number = 1
-        while (kept := target.with_name(f"{target.name}.replaced-{number}")).exists():
-            number += 1
-        os.rename(old, kept)
+        os.rename(old, _kept_name(target))
 
 
 # All jobs -------------------------------------------------------------------------------------------
@@ -881,11 +953,12 @@ class Downloads:
         job.enter("planning")
         plan = plan or self._ask_hub(job.ref, _Patience(job.stop, self._options, job.note))
         job.plan = plan
-        self._refuse_foreign(job, plan)
         job.staged.mkdir(parents=True, exist_ok=True)
         _save_journal(job, "running")
         job.enter("checking")
-        return plan, [entry for entry in plan.entries if not self._adopt(job, plan, entry)]
+        missing = [entry for entry in plan.entries if not self._adopt(job, plan, entry)]
+        _refuse_foreign(job, plan, job.stop, missing)
+        return plan, missing
 
     def _ask_hub(self, ref: Ref, patience: _Patience) -> Plan:
         info = patience.call(lambda: self._hub.info(ref))
@@ -940,18 +1013,6 @@ class Downloads:
             raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
         return table
 
-    def _refuse_foreign(self, job: _Job, plan: Plan) -> None:
-        """Two repositories of different owners can have the same name, and so the same folder."""
-        manifest = read_manifest(job.target)
-        for entry in plan.entries:
-            there = manifest.get(entry.name, {})
-            owner = str(there.get("repo", job.ref.repo))
-            if owner.lower() != job.ref.repo.lower() and there.get("digest") != entry.digest:
-                raise DownloadError(
-                    f"{job.target} already holds {entry.name} of {owner}.",
-                    hint="Move that folder away, or use it through a preset that names its path.",
-                )
-
     def _adopt(self, job: _Job, plan: Plan, entry: Entry) -> bool:
         """Take a file that an earlier run finished, that lies in the folder already, or in the hub library's cache."""
         staged, placed = job.staged / entry.name, job.target / entry.name
@@ -959,7 +1020,7 @@ class Downloads:
             pass  # it got its name only after its hash was right
         elif _is(placed, entry, job.stop):
             if not job.ref.file:
-                _link(placed, staged)
+                _link(placed.resolve(), staged)
         elif (own := self._hub.cached(plan, entry, self._options.cache_dir)) is not None and _is(own, entry, job.stop):
             _link(own.resolve(), staged)
         else:
@@ -1042,14 +1103,26 @@ class Downloads:
         except (_Busy, OSError):
             log.info("the files of %s are left to another server", job.ref.title)
         else:
-            if _read_json(job.home / "job.json").get("state") == "publishing" and job.plan is not None:
-                _publish(job, job.plan)  # it is whole, and its folder may be between two names
-            shutil.rmtree(job.home, ignore_errors=True)
+            try:
+                self._settle(job)
+            except (TurntableError, OSError) as error:
+                log.warning("what the download of %s replaced stays in %s: %s", job.ref.title, job.home, error)
+            else:
+                shutil.rmtree(job.home, ignore_errors=True)
             lock.release(delete=True)
         with self._turn:
             if self._jobs.get(job.ref.id) is job:
                 del self._jobs[job.ref.id]
         job.enter("cancelled")
+
+    @staticmethod
+    def _settle(job: _Job) -> None:
+        """End a publication that was cut off, so that the job's folder holds nothing but what the hub sent."""
+        old = job.home / "old"
+        if _read_json(job.home / "job.json").get("state") == "publishing" and job.plan is not None:
+            _publish(job, job.plan)  # it is whole, and its folder may be between two names
+        elif old.is_dir():
+            os.rename(old, _kept_name(job.target) if os.path.lexists(job.target) else job.target)
 
     def _recover(self) -> None:
         """List the unfinished jobs as paused, and finish what a crash cut off in the middle of its publication."""
@@ -1076,6 +1149,8 @@ class Downloads:
                 _publish(job, job.plan)
                 shutil.rmtree(job.home, ignore_errors=True)
                 finished = True
+        except TurntableError as error:
+            job.error = error.to_wire()
         except OSError as error:
             job.error = self._disk_error(error).to_wire()
         finally:

@@ -320,7 +320,7 @@ def test_an_existing_folder_is_used_in_place(hub, make, library):
     for name, data in needed(model()).items():
         (folder / name).write_bytes(data)
     (folder / "notes.txt").write_text("mine")
-    (folder / "output-00002-of-00003.safetensors").write_bytes(b"half")
+    (folder / "output-00002-of-00003.safetensors").unlink()
     hub.log.clear()
     done(make())
     sent = [asked.path.rpartition("/")[2] for asked in hub.log if asked.sent_bytes]
@@ -328,6 +328,145 @@ def test_an_existing_folder_is_used_in_place(hub, make, library):
     assert contents(folder) == needed(model())
     # A file of the person's own is never deleted.
     assert contents(folder.with_name(folder.name + ".replaced-1")) == {"notes.txt": b"mine"}
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mine", ["config.json", "output-00001-of-00003.safetensors", "another.safetensors", "My.GGUF"])
+def test_a_folder_of_the_persons_own_is_left_alone(hub, make, library, mine):
+    """A file that differs, or weights that the download would push aside: refused before anything is fetched."""
+    folder = library.models_dir / "model-exl2-4_25"
+    folder.mkdir(parents=True)
+    (folder / mine).write_bytes(b"my own")
+    (folder / "tokenizer.json").write_bytes(model()["tokenizer.json"])
+    view = failed(make(), DownloadError, f"already holds another {mine}")
+    assert "Move or rename" in view.error["hint"]
+    assert not [asked for asked in hub.log if asked.sent_bytes]
+    assert contents(folder) == {mine: b"my own", "tokenizer.json": model()["tokenizer.json"]}
+
+
+def test_a_file_of_the_persons_own_is_not_replaced(hub, make, library):
+    folder = library.models_dir / "small-GGUF"
+    folder.mkdir(parents=True)
+    (folder / GGUF.file).write_bytes(b"GGUFmine")
+    downloads = make()
+    failed(downloads, DownloadError, f"already holds another {GGUF.file}", GGUF)
+    assert contents(folder) == {GGUF.file: b"GGUFmine"}
+    (folder / GGUF.file).write_bytes(gguf(300_000))  # the very file that the hub has
+    done(downloads, GGUF)
+    assert not [asked for asked in hub.log if asked.sent_bytes]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_a_link_by_the_name_of_the_folder(make, library, tmp_path, kind):
+    place = library.models_dir / "model-exl2-4_25"
+    place.parent.mkdir()
+    (tmp_path / "mine").mkdir()
+    if kind == "file":
+        place.write_bytes(b"mine")
+    else:
+        place.symlink_to(tmp_path / "mine")
+    failed(make(), DownloadError, f"is a {kind}")
+    assert place.is_symlink() if kind == "link" else place.read_bytes() == b"mine"
+
+
+def test_another_owners_folder_of_the_same_name(hub, make, library):
+    hub.add("rival/model-exl2", {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}, "4_25")
+    downloads = make()
+    done(downloads)
+    before = tree(library.models_dir)
+    failed(downloads, DownloadError, "of maker/model-exl2", Ref("rival/model-exl2", "4_25"))
+    after = tree(library.models_dir)
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_what_comes_into_the_folder_meanwhile_is_left_alone(hub, make, library):
+    """It is looked for once more before the publication; when it has been moved away, the download goes on."""
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    job = under_way(downloads)
+    folder = library.models_dir / "model-exl2-4_25"
+    folder.mkdir()
+    (folder / "output-00001-of-00003.safetensors").write_bytes(b"my own")
+    hub.bytes_per_s = 0
+    view = downloads.wait(job, 20)
+    assert view.state == "failed" and "already holds another output-00001" in view.error["message"]
+    assert contents(folder) == {"output-00001-of-00003.safetensors": b"my own"}
+    folder.rename(folder.with_name("mine"))
+    sent = sum(asked.sent_bytes for asked in hub.log)
+    done(downloads)
+    assert contents(folder) == needed(model()) and sum(asked.sent_bytes for asked in hub.log) == sent
+
+
+def test_what_the_person_changed_in_a_download_is_kept_beside_it(hub, make, library):
+    downloads = make()
+    done(downloads)
+    done(downloads, GGUF)
+    folder, shared = library.models_dir / "model-exl2-4_25", library.models_dir / "small-GGUF"
+    (folder / "config.json").write_bytes(b'{"mine": 1}')
+    (shared / GGUF.file).write_bytes(b"GGUFmine")
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    done(downloads)
+    done(downloads, GGUF)
+    assert contents(folder) == needed(model(5))
+    assert contents(folder.with_name(f"{folder.name}.replaced-1")) == {"config.json": b'{"mine": 1}'}
+    assert contents(shared) == {GGUF.file: gguf(300_000), f"{GGUF.file}.replaced-1": b"GGUFmine"}
+
+
+def test_a_manifest_that_names_files_elsewhere_deletes_none(hub, make, library, tmp_path):
+    downloads = make()
+    done(downloads)
+    folder = library.models_dir / "model-exl2-4_25"
+    (library.models_dir / "precious").write_bytes(b"mine")
+    table = json.loads((folder / MANIFEST).read_text())
+    entry = {"size_bytes": 4, "algorithm": "git-sha1", "digest": git_sha1(b"mine"), "repo": REF.repo}
+    table["files"] |= {"../../../precious": entry, "../precious": entry, "": entry, "half": {"repo": REF.repo}}
+    (folder / MANIFEST).write_text(json.dumps(table))
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    done(downloads)
+    assert contents(folder) == needed(model(5)) and (library.models_dir / "precious").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_cancelled_publication_gives_the_old_model_back(hub, make, library, taken):
+    """Between its two renames the old model lies in the job's folder, which a cancel deletes."""
+    downloads = make()
+    done(downloads)
+    folder, home = library.models_dir / "model-exl2-4_25", library.models_dir / PARTIAL / REF.id
+    home.mkdir()
+    folder.rename(home / "old")
+    (home / "job.json").write_text(json.dumps({"ref": {"repo": REF.repo, "revision": REF.revision}, "state": "failed"}))
+    if taken:
+        folder.mkdir()
+    again = make()
+    again.cancel(REF.id)
+    assert again.jobs() == [] and not home.exists()
+    back = folder.with_name(f"{folder.name}.replaced-1") if taken else folder
+    assert contents(back) == needed(model())
+
+
+def test_a_publication_that_meets_a_foreign_folder_at_the_start_is_said(hub, make, library):
+    """The server died before its publication, and the person put a folder of that name there."""
+    first = make()
+    (library.models_dir / "model-exl2-4_25").mkdir(parents=True)
+    mine = library.models_dir / "model-exl2-4_25" / "mine.safetensors"
+    home = library.models_dir / PARTIAL / REF.id
+    (home / "files").mkdir(parents=True)
+    for name, data in needed(model()).items():
+        (home / "files" / name).write_bytes(data)
+    entries = [vars(entry) for entry in first.plan(REF).entries]
+    table = {"ref": vars(REF), "state": "publishing", "commit": "0" * 40, "entries": entries}
+    (home / "job.json").write_text(json.dumps(table))
+    mine.write_bytes(b"my own")
+    second = make()
+    (view,) = second.jobs()
+    assert view.state == "failed" and "already holds another mine.safetensors" in view.error["message"]
+    assert mine.read_bytes() == b"my own"
+    mine.unlink()
+    done(second)
+    assert contents(mine.parent) == needed(model())
 
 
 def test_the_cache_of_the_hub_library_is_used(hub, make, library, tmp_path):
@@ -836,6 +975,12 @@ def test_a_crash_before_any_rename(hub, tmp_path, there):
                 folder.mkdir(parents=True)
                 for name, data in (old if there == "older" else {"other.gguf": gguf(10)}).items():
                     (folder / name).write_bytes(data)
+                if there == "older":
+                    (folder / MANIFEST).write_text(json.dumps({"files": {
+                        name: {"size_bytes": len(data), "algorithm": "sha256", "repo": ref.repo,
+                               "digest": hashlib.sha256(data).hexdigest()}
+                        for name, data in old.items() if name != "notes.txt"
+                    }}))  # fmt: skip
             seen = killer.order("crashes", hub, models, ref, nth)
             if seen["listed"] is not None:
                 seen["listed"].pop(MANIFEST, None)
