@@ -28,7 +28,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,18 @@ def _free_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """Limits. tries is how often in a row a request may fail without a new byte; timeout_s is the longest silence."""
+    """Limits. tries is how often in a row a request may fail without a new byte; timeout_s is the longest silence.
+
+    The same two for a lookup, for which somebody waits.
+    """
 
     reserve_bytes: int = 2 * _GB
     connections: int = 4
     jobs_at_once: int = 2
     tries: int = 8
     timeout_s: float = 20.0
+    lookup_tries: int = 2
+    lookup_timeout_s: float = 4.5
     backoff_s: float = 1.0
     longest_backoff_s: float = 60.0
     sync_bytes: int = 64 * 2**20
@@ -126,6 +132,10 @@ class Options:
 
 class _Stopped(Exception):
     """The person paused or cancelled, or the server ends."""
+
+
+_LONGEST_PAUSE_S = 2.0  # in which a person who looks at a page still waits
+_ENDING = "Turntable is ending."
 
 
 class _Busy(Exception):
@@ -171,6 +181,60 @@ class _Patience:
             else:
                 self.progressed()
                 return result
+
+
+class _ShortPatience(_Patience):
+    """For somebody who waits for the answer: few tries, and no long pause that the hub may ask for."""
+
+    def __init__(self, stop: threading.Event, options: Options) -> None:
+        super().__init__(stop, replace(options, tries=options.lookup_tries), lambda sentence: None)
+
+    def again(self, error: Transient) -> None:
+        self._failed += 1
+        wait_s = self._options.backoff_s if error.after_s is None else error.after_s
+        if self._failed >= self._options.tries or wait_s > _LONGEST_PAUSE_S:
+            raise SourceUnreachable(str(error), hint="Check the network, and ask again in a while.")
+        if self._stop.wait(wait_s):
+            raise _Stopped
+
+
+def _refuse_empty(ref: Ref, hub: Hub, found: dict[str, Entry]) -> None:
+    """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
+    if not any(name.endswith(".safetensors") for name in found):
+        pickled = sorted(name for name in found if name.lower().endswith(PICKLES))
+        if pickled:
+            raise ModelFilesUnsafe(f"{ref.title} has its weights in {pickled[0]}, which can run code when opened.")
+        what = ", ".join(sorted(name for name in found if not name.startswith("."))[:4]) or "nothing"
+        raise SourceNotFound(f"{ref.title} holds no weights, only {what}.", hint=hub.advice(ref))
+    if "config.json" not in found:
+        raise SourceNotFound(f"{ref.title} has no config.json, so no engine could load it.")
+
+
+def _small_json(hub: Hub, plan: Plan, entry: Entry, patience: _Patience) -> dict[str, Any]:
+    def fetch() -> bytes:
+        raw = b""
+        with hub.stream(plan, entry.name, 0) as response:
+            for block in response.iter_raw():
+                raw += block
+                if len(raw) > entry.size_bytes:
+                    break
+        if len(raw) < entry.size_bytes:
+            raise Transient("The hub's answer ended too early.")
+        return raw
+
+    if entry.size_bytes > _MAX_JSON_BYTES:
+        raise SourceUnreachable(f"{entry.name} has {entry.size_bytes} bytes, which is no sensible size.")
+    raw, digest = patience.call(fetch), entry.hasher()
+    digest.update(raw)
+    if digest.hexdigest() != entry.digest:
+        raise HashMismatch(f"{entry.name} is not what the hub announced.")
+    try:
+        table = json.loads(raw)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
+    return table
 
 
 # Files and locks -----------------------------------------------------------------------------------
@@ -690,24 +754,29 @@ class Downloads:
         self._library, self._options = library, options or Options()
         self._token = token
         self._hub = Hub(endpoint, token, self._options.timeout_s)
+        self._asked = Hub(endpoint, token, self._options.lookup_timeout_s)
         self._on_change = on_change
         self._home = library.models_dir / PARTIAL
         self._jobs: dict[str, _Job] = {}
         self._turn = threading.Condition()
         self._active: set[_Job] = set()
         self._closed = False
+        self._ended = threading.Event()
+        self._lookups: set[Future[Any]] = set()
         self._recover()
 
     # What people ask for ------------------------------------------------------------------
 
     def plan(self, ref: Ref) -> Plan:
         """What the download takes, from the hub; nothing is written. Raises a DownloadError or ModelFilesUnsafe."""
-        return self._ask_hub(ref, _Patience(threading.Event(), self._options, lambda sentence: None))
+        found: Plan = self._answer(lambda patience: self._ask_hub(ref, self._asked, patience))
+        return found
 
     def read_json(self, plan: Plan, name: str) -> dict[str, Any]:
         """One small JSON file of the plan, checked against its hash, such as config.json."""
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
-        return self._small_json(plan, next(entry for entry in plan.entries if entry.name == name), patience)
+        entry = next(entry for entry in plan.entries if entry.name == name)
+        table: dict[str, Any] = self._answer(lambda patience: _small_json(self._asked, plan, entry, patience))
+        return table
 
     def look(self, repo: str, revision: str = "") -> Look:
         """What a repository holds: its branches, and the weights of one of them, the main one where none is named.
@@ -715,26 +784,58 @@ class Downloads:
         Raises a DownloadError or ModelFilesUnsafe.
         """
         ref = Ref(repo, revision or "main")
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
-        found = entries_of(ref, patience.call(lambda: self._hub.info(ref)))
-        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith((".gguf", ".safetensors"))}
-        return Look(weights, () if revision else tuple(self._hub.branches(ref)))
+
+        def ask(patience: _Patience) -> Look:
+            found = entries_of(ref, patience.call(lambda: self._asked.info(ref)))
+            weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith(_WEIGHTS)}
+            return Look(weights, () if revision else tuple(self._asked.branches(ref)))
+
+        looked: Look = self._answer(ask)
+        return looked
 
     def read_head(self, plan: Plan, name: str, limit_bytes: int) -> bytes:
         """The first bytes of a file of the plan: its header, without the weights. Nothing vouches for their hash."""
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
 
         def fetch() -> bytes:
             raw = bytearray()
-            with self._hub.stream(plan, name, 0) as response:
+            with self._asked.stream(plan, name, 0) as response:
                 for block in response.iter_raw():
                     raw += block
                     if len(raw) >= limit_bytes:
                         break
             return bytes(raw[:limit_bytes])
 
-        found: bytes = patience.call(fetch)
+        found: bytes = self._answer(lambda patience: patience.call(fetch))
         return found
+
+    def _answer(self, ask: Callable[[_Patience], Any]) -> Any:
+        """A lookup's result, and not a moment's wait after close().
+
+        On a daemon thread of its own: nothing ends a connection that is not answered,
+        and the program must not wait for one.
+        """
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            result, failure = None, None
+            try:
+                result = ask(_ShortPatience(self._ended, self._options))
+            except BaseException as error:
+                failure = error
+            with self._turn:
+                if future in self._lookups:  # else close() has answered it
+                    self._lookups.discard(future)
+                    if failure is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(failure)
+
+        with self._turn:
+            if self._closed:
+                raise DownloadError(_ENDING, hint="Start it again, and ask again.")
+            self._lookups.add(future)
+        threading.Thread(target=work, name="lookup", daemon=True).start()
+        return future.result()
 
     def start(self, ref: Ref) -> JobView:
         """Begin or go on; the same ref is the same job. Errors come in the view, when they are known."""
@@ -793,6 +894,10 @@ class Downloads:
         """Pause everything and wait until the files are closed. The jobs are there again at the next start."""
         with self._turn:
             self._closed = True
+            self._ended.set()
+            for future in self._lookups:
+                future.set_exception(DownloadError(_ENDING, hint="Start it again, and ask again."))
+            self._lookups.clear()
             found = list(self._jobs.values())
             for job in found:
                 job.rest = True
@@ -826,7 +931,7 @@ class Downloads:
 
     def _spawn(self, job: _Job, before: threading.Thread | None) -> None:
         if self._closed:
-            raise DownloadError("Turntable is ending.", hint="Start it again; the downloads are kept.")
+            raise DownloadError(_ENDING, hint="Start it again; the downloads are kept.")
         job.rest = job.resting = False
         job.state, job.error = "queued", None
         name = f"download-{job.ref.id}"
@@ -951,7 +1056,7 @@ class Downloads:
     def _prepare(self, job: _Job, plan: Plan | None) -> tuple[Plan, list[Entry]]:
         """Plan where there is none, take what is on this machine already; the plan, and what is to be fetched."""
         job.enter("planning")
-        plan = plan or self._ask_hub(job.ref, _Patience(job.stop, self._options, job.note))
+        plan = plan or self._ask_hub(job.ref, self._hub, _Patience(job.stop, self._options, job.note))
         job.plan = plan
         job.staged.mkdir(parents=True, exist_ok=True)
         _save_journal(job, "running")
@@ -960,58 +1065,21 @@ class Downloads:
         _refuse_foreign(job, plan, job.stop, missing)
         return plan, missing
 
-    def _ask_hub(self, ref: Ref, patience: _Patience) -> Plan:
-        info = patience.call(lambda: self._hub.info(ref))
+    def _ask_hub(self, ref: Ref, hub: Hub, patience: _Patience) -> Plan:
+        info = patience.call(lambda: hub.info(ref))
         if not _COMMIT.fullmatch(str(info.sha or "")):
             raise SourceUnreachable(f"The hub names no commit for {ref.title}.")
         found = entries_of(ref, info)
         folder = self._library.folder(ref.variant())
         if ref.file:
             return Plan(ref, info.sha, folder, checked(ref, gguf_entries(ref, found)))
-        self._refuse_empty(ref, found)
+        _refuse_empty(ref, hub, found)
         indexed = None
         if INDEX in found:
             (entry,) = checked(ref, [found[INDEX]])
-            table = self._small_json(Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
+            table = _small_json(hub, Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
             indexed = {str(name) for name in table.values()} if isinstance(table, dict) else set()
         return Plan(ref, info.sha, folder, checked(ref, folder_entries(ref, found, indexed)))
-
-    def _refuse_empty(self, ref: Ref, found: dict[str, Entry]) -> None:
-        """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
-        if not any(name.endswith(".safetensors") for name in found):
-            pickled = sorted(name for name in found if name.lower().endswith(PICKLES))
-            if pickled:
-                raise ModelFilesUnsafe(f"{ref.title} has its weights in {pickled[0]}, which can run code when opened.")
-            what = ", ".join(sorted(name for name in found if not name.startswith("."))[:4]) or "nothing"
-            raise SourceNotFound(f"{ref.title} holds no weights, only {what}.", hint=self._hub.advice(ref))
-        if "config.json" not in found:
-            raise SourceNotFound(f"{ref.title} has no config.json, so no engine could load it.")
-
-    def _small_json(self, plan: Plan, entry: Entry, patience: _Patience) -> dict[str, Any]:
-        def fetch() -> bytes:
-            raw = b""
-            with self._hub.stream(plan, entry.name, 0) as response:
-                for block in response.iter_raw():
-                    raw += block
-                    if len(raw) > entry.size_bytes:
-                        break
-            if len(raw) < entry.size_bytes:
-                raise Transient("The hub's answer ended too early.")
-            return raw
-
-        if entry.size_bytes > _MAX_JSON_BYTES:
-            raise SourceUnreachable(f"{entry.name} has {entry.size_bytes} bytes, which is no sensible size.")
-        raw, digest = patience.call(fetch), entry.hasher()
-        digest.update(raw)
-        if digest.hexdigest() != entry.digest:
-            raise HashMismatch(f"{entry.name} is not what the hub announced.")
-        try:
-            table = json.loads(raw)
-        except (ValueError, RecursionError):
-            table = None
-        if not isinstance(table, dict):
-            raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
-        return table
 
     def _adopt(self, job: _Job, plan: Plan, entry: Entry) -> bool:
         """Take a file that an earlier run finished, that lies in the folder already, or in the hub library's cache."""

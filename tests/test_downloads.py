@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -702,6 +703,61 @@ def test_no_network(library):
     downloads = Downloads(library, "http://127.0.0.1:9", lambda: None, QUICK)
     failed(downloads, SourceUnreachable, "127.0.0.1 cannot be reached")
     downloads.close()
+
+
+def test_no_network_is_said_soon_to_somebody_who_asks(library):
+    """With the limits of the program: the downloads' own patience is two minutes."""
+    downloads = Downloads(library, "http://127.0.0.1:9", lambda: None)
+    began = time.monotonic()
+    for ask in (lambda: downloads.plan(REF), lambda: downloads.look(REF.repo)):
+        with pytest.raises(SourceUnreachable, match=r"^127\.0\.0\.1 cannot be reached\.$") as caught:
+            ask()
+        assert "ask again" in caught.value.hint
+    assert time.monotonic() - began < 10
+    downloads.close()
+    options = Options()
+    assert options.lookup_tries * options.lookup_timeout_s + options.backoff_s <= 10
+
+
+def test_a_lookup_tries_twice_and_waits_for_no_long_pause(hub, make):
+    downloads = make()
+    hub.answers = [(503, {})]
+    plan = downloads.plan(REF)
+    hub.answers = [(503, {})]
+    assert downloads.read_json(plan, "config.json") == {"model_type": "x"}
+    hub.answers = [(503, {})] * 2
+    with pytest.raises(SourceUnreachable, match="answers 503"):
+        downloads.plan(REF)
+    hub.answers = [(429, {"retry-after": "30"})]
+    began = time.monotonic()
+    with pytest.raises(SourceUnreachable, match="asks for a pause"):
+        downloads.plan(REF)
+    assert time.monotonic() - began < 5 and hub.answers == []
+
+
+def test_a_lookup_ends_when_the_program_ends(library):
+    """Nobody answers the connection, and the program's end waits for nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        downloads = Downloads(library, address, lambda: None, replace(QUICK, lookup_timeout_s=30.0, timeout_s=30.0))
+        said = []
+
+        def ask():
+            try:
+                downloads.plan(REF)
+            except DownloadError as error:
+                said.append(str(error))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        connection, _ = silent.accept()
+        began = time.monotonic()
+        downloads.close()
+        asking.join(10)
+        assert said == ["Turntable is ending."] and time.monotonic() - began < 2
+        with pytest.raises(DownloadError, match="ending"):
+            downloads.look(REF.repo)
+        connection.close()
 
 
 def test_a_login_page_in_between(hub, make):
