@@ -36,6 +36,7 @@ from typing import Any
 from .errors import (
     DownloadError,
     HashMismatch,
+    InvalidRequest,
     ModelFilesUnsafe,
     NotEnoughDisk,
     SourceNotFound,
@@ -877,11 +878,20 @@ class Downloads:
         if resting:
             self._discard(job)
 
+    def dismiss(self, job_id: str) -> None:
+        """Take a job that is done out of the list. The model stays."""
+        job = self._job(job_id)
+        with self._turn:
+            if job.state != "done":
+                raise InvalidRequest(f"{job.ref.title} is not done.", hint="Cancel it instead.")
+            del self._jobs[job_id]
+        self._tell(job)
+
     def jobs(self) -> list[JobView]:
-        """All the jobs, oldest first."""
+        """All the jobs, oldest first, without those that are done and whose model is gone."""
         with self._turn:
             found = list(self._jobs.values())
-        return [job.view() for job in found]
+        return [job.view() for job in found if job.state != "done" or (job.target / job.ref.file).exists()]
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> JobView:
         """Wait until the job rests, at most so long."""
