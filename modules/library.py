@@ -46,6 +46,8 @@ _MAX_STRINGS = 1_500_000
 _KEPT_STRING_BYTES = 256
 _MAX_CHECKED = 1024
 
+# Windows opens a device under these names, whatever the ending.
+DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)")
 
 
@@ -115,7 +117,10 @@ class Library:
         name = variant.repo.rpartition("/")[2]
         if variant.revision and not variant.file:
             name = f"{name}-{variant.revision}"
-        return self._models / name
+        # The same on every system, so that a models folder can be carried to Windows, which also drops dots at the end.
+        if DEVICE.fullmatch(name):
+            name = f"_{name}"
+        return self._models / (f"{name}_" if name.endswith(".") else name)
 
     def locate(self, variant: Variant) -> Located:
         """The variant's files, after every check that needs no weights.

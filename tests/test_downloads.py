@@ -158,6 +158,25 @@ def test_refs_that_make_no_sense(words):
         Ref.parse(*words)
 
 
+@pytest.mark.parametrize(
+    ("repo", "revision", "folder"),
+    [("a/con", "", "_con"), ("a/NUL", "", "_NUL"), ("a/aux.gguf", "", "_aux.gguf"), ("a/com1.x", "4.0", "_com1.x-4.0"),
+     ("a/model.", "", "model._"), ("a/model", "v1.", "model-v1._"), ("a/con", "4.0", "con-4.0"),
+     ("a/console", "", "console"), ("a/nul-GGUF", "", "nul-GGUF")],
+)  # fmt: skip
+def test_no_folder_is_named_like_a_device_of_windows(library, repo, revision, folder):
+    file = "" if revision else "x.gguf"
+    assert library.folder(Ref(repo, revision, file).variant()).name == folder
+
+
+def test_a_repository_named_like_a_device_is_downloaded(hub, make, library):
+    hub.add("maker/aux", {"x.gguf": gguf(1000)})
+    ref = Ref("maker/aux", file="x.gguf")
+    done(make(), ref)
+    assert library.locate(ref.variant()).model == library.models_dir / "_aux" / "x.gguf"
+    assert not list(library.models_dir.rglob("aux*"))
+
+
 def test_refs_of_variants():
     assert Ref.parse("a/b@main") == Ref("a/b", "main")
     with pytest.raises(SourceNotFound, match="bundled"):
