@@ -670,6 +670,10 @@ def _publish(job: _Job, plan: Plan) -> None:
     """
     target, staged, old = job.target, job.staged, job.home / "old"
     if staged.is_dir():
+        for entry in plan.entries:
+            if not ((staged / entry.name).exists() or (plan.ref.file and (target / entry.name).exists())):
+                hint = "Resume the download; it is fetched again."
+                raise DownloadError(f"{entry.name} was taken away from {target} meanwhile.", hint=hint)
         _refuse_foreign(job, plan, threading.Event())  # a half publication is never paused
         if target.is_dir() and plan.ref.file:
             recorded = _recorded(target, plan.ref.repo)

@@ -26,6 +26,7 @@ from modules.errors import (
     AccessDenied,
     DownloadError,
     HashMismatch,
+    ModelFilesError,
     ModelFilesUnsafe,
     ModelNotDownloaded,
     NotEnoughDisk,
@@ -34,7 +35,8 @@ from modules.errors import (
 )
 from modules.hub import INDEX, Plan, Ref
 from modules.library import Library
-from modules.presets import Variant
+from modules.presets import Presets, Variant
+from modules.shelf import Shelf
 from tests.conftest import eventually
 from tests.hub_server import TOKEN, Hub, Repo, git_sha1
 
@@ -418,6 +420,50 @@ def test_what_comes_into_the_folder_meanwhile_is_left_alone(hub, make, library):
     sent = sum(asked.sent_bytes for asked in hub.log)
     done(downloads)
     assert contents(folder) == needed(model()) and sum(asked.sent_bytes for asked in hub.log) == sent
+
+
+def test_a_part_that_is_taken_away_meanwhile_is_fetched_again(hub, make, library):
+    """One that lay there already is not fetched; the model is not called whole when it is gone in the end."""
+    parts = {f"big-0000{n}-of-00002.gguf": gguf(1000 if n == 1 else 300_000) for n in (1, 2)}
+    hub.add("maker/big", parts)
+    folder = library.models_dir / "big"
+    folder.mkdir(parents=True)
+    (folder / "big-00001-of-00002.gguf").write_bytes(gguf(1000))
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    ref = Ref("maker/big", file="big-00001-of-00002.gguf")
+    job = under_way(downloads, ref, 50_000)
+    folder.rename(folder.with_name("elsewhere"))
+    hub.bytes_per_s = 0
+    view = downloads.wait(job, 20)
+    assert view.state == "failed" and "was taken away" in view.error["message"]
+    done(downloads, ref)
+    assert contents(folder) == parts
+
+
+def test_a_model_that_is_put_back_under_a_download_is_not_mixed(hub, make, library):
+    """Deleted while its newer version is paused, and taken back while that arrives."""
+    downloads = make()
+    done(downloads)
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    hub.bytes_per_s = 300_000
+    job = under_way(downloads, least=200_000)
+    shelf = Shelf(library, Presets([]), busy=downloads.is_writing)
+    with pytest.raises(ModelFilesError, match="is being downloaded"):
+        shelf.delete("model-exl2-4_25")
+    downloads.pause(job)
+    downloads.wait(job, 5)
+    shelf.delete("model-exl2-4_25")
+    downloads.resume(job)
+    shelf.undo(shelf.deleted()[0].id)
+    hub.bytes_per_s = 0
+    assert downloads.wait(job, 20).state == "done"
+    assert contents(library.models_dir / "model-exl2-4_25") == needed(model(5))
+    shelf.delete("model-exl2-4_25")
+    done(downloads)
+    with pytest.raises(ModelFilesError, match="There is a new"):
+        shelf.undo(shelf.deleted()[0].id)
+    shelf.close()
 
 
 def test_what_the_person_changed_in_a_download_is_kept_beside_it(hub, make, library):
