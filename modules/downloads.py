@@ -58,12 +58,11 @@ from .hub import (
     gguf_entries,
     stored_token,
 )
-from .library import PICKLES, Library, check_gguf, check_safetensors
+from .library import MANIFEST, PICKLES, Library, check_gguf, check_safetensors
 from .presets import Variant
 
 log = logging.getLogger("turntable.downloads")
 
-MANIFEST = ".turntable.json"
 PARTIAL = ".partial"
 _WEIGHTS = (".gguf", ".safetensors")
 _MOVE = "Move or rename what lies there; a preset can use it by its path. Then resume the download."
@@ -851,6 +850,8 @@ class Downloads:
                 self._jobs[ref.id] = job
             elif job.state in RUNNING and not job.rest and not job.resting:
                 return job.view()
+            elif job.resting:  # another owner's model may have taken the folder since
+                job.target = self._library.folder(ref.variant())
             self._spawn(job, before.thread if before else None)
             return job.view()
 

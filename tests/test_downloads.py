@@ -395,13 +395,40 @@ def test_a_file_or_a_link_by_the_name_of_the_folder(make, library, tmp_path, kin
 
 
 def test_another_owners_folder_of_the_same_name(hub, make, library):
-    hub.add("rival/model-exl2", {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}, "4_25")
+    """They live side by side, and neither is taken for the other."""
+    rival = Ref("rival/model-exl2", "4_25")
+    files = {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}
+    hub.add(rival.repo, files, rival.revision)
     downloads = make()
     done(downloads)
-    before = tree(library.models_dir)
-    failed(downloads, DownloadError, "of maker/model-exl2", Ref("rival/model-exl2", "4_25"))
-    after = tree(library.models_dir)
-    assert {name: after.get(name) for name in before} == before
+    with pytest.raises(ModelNotDownloaded):
+        library.locate(rival.variant())
+    done(downloads, rival)
+    first, second = library.models_dir / "model-exl2-4_25", library.models_dir / "rival--model-exl2-4_25"
+    assert (contents(first), contents(second)) == (needed(model()), files)
+    assert (library.locate(REF.variant()).model, library.locate(rival.variant()).model) == (first, second)
+    shutil.rmtree(first)  # the second stays where it is
+    assert library.locate(rival.variant()).model == second
+    with pytest.raises(ModelNotDownloaded):
+        library.locate(REF.variant())
+
+
+def test_two_owners_downloads_that_began_together(hub, make, library):
+    """Both were promised the same folder. The second is refused, and resumed it goes beside the first."""
+    rival = Ref("rival/model-exl2", "4_25")
+    files = {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}
+    hub.add(rival.repo, files, rival.revision)
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    job = under_way(downloads)
+    second = downloads.start(rival).id
+    hub.bytes_per_s = 0
+    assert downloads.wait(job, 20).state == "done"
+    view = downloads.wait(second, 20)
+    assert view.state == "failed" and "of maker/model-exl2" in view.error["message"]
+    assert contents(library.models_dir / "model-exl2-4_25") == needed(model())
+    done(downloads, rival)
+    assert contents(library.models_dir / "rival--model-exl2-4_25") == files
 
 
 def test_what_comes_into_the_folder_meanwhile_is_left_alone(hub, make, library):
