@@ -28,13 +28,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import (
     DownloadError,
     HashMismatch,
+    InvalidRequest,
     ModelFilesUnsafe,
     NotEnoughDisk,
     SourceNotFound,
@@ -56,13 +58,14 @@ from .hub import (
     gguf_entries,
     stored_token,
 )
-from .library import PICKLES, Library, check_gguf, check_safetensors
+from .library import MANIFEST, PICKLES, Library, check_gguf, check_safetensors
 from .presets import Variant
 
 log = logging.getLogger("turntable.downloads")
 
-MANIFEST = ".turntable.json"
 PARTIAL = ".partial"
+_WEIGHTS = (".gguf", ".safetensors")
+_MOVE = "Move or rename what lies there; a preset can use it by its path. Then resume the download."
 RUNNING = ("queued", "planning", "checking", "downloading", "publishing")
 
 _GB = 10**9
@@ -108,13 +111,18 @@ def _free_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class Options:
-    """Limits. tries is how often in a row a request may fail without a new byte; timeout_s is the longest silence."""
+    """Limits. tries is how often in a row a request may fail without a new byte; timeout_s is the longest silence.
+
+    The same two for a lookup, for which somebody waits.
+    """
 
     reserve_bytes: int = 2 * _GB
     connections: int = 4
     jobs_at_once: int = 2
     tries: int = 8
     timeout_s: float = 20.0
+    lookup_tries: int = 2
+    lookup_timeout_s: float = 4.5
     backoff_s: float = 1.0
     longest_backoff_s: float = 60.0
     sync_bytes: int = 64 * 2**20
@@ -124,6 +132,10 @@ class Options:
 
 class _Stopped(Exception):
     """The person paused or cancelled, or the server ends."""
+
+
+_LONGEST_PAUSE_S = 2.0  # in which a person who looks at a page still waits
+_ENDING = "Turntable is ending."
 
 
 class _Busy(Exception):
@@ -169,6 +181,60 @@ class _Patience:
             else:
                 self.progressed()
                 return result
+
+
+class _ShortPatience(_Patience):
+    """For somebody who waits for the answer: few tries, and no long pause that the hub may ask for."""
+
+    def __init__(self, stop: threading.Event, options: Options) -> None:
+        super().__init__(stop, replace(options, tries=options.lookup_tries), lambda sentence: None)
+
+    def again(self, error: Transient) -> None:
+        self._failed += 1
+        wait_s = self._options.backoff_s if error.after_s is None else error.after_s
+        if self._failed >= self._options.tries or wait_s > _LONGEST_PAUSE_S:
+            raise SourceUnreachable(str(error), hint="Check the network, and ask again in a while.")
+        if self._stop.wait(wait_s):
+            raise _Stopped
+
+
+def _refuse_empty(ref: Ref, hub: Hub, found: dict[str, Entry]) -> None:
+    """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
+    if not any(name.endswith(".safetensors") for name in found):
+        pickled = sorted(name for name in found if name.lower().endswith(PICKLES))
+        if pickled:
+            raise ModelFilesUnsafe(f"{ref.title} has its weights in {pickled[0]}, which can run code when opened.")
+        what = ", ".join(sorted(name for name in found if not name.startswith("."))[:4]) or "nothing"
+        raise SourceNotFound(f"{ref.title} holds no weights, only {what}.", hint=hub.advice(ref))
+    if "config.json" not in found:
+        raise SourceNotFound(f"{ref.title} has no config.json, so no engine could load it.")
+
+
+def _small_json(hub: Hub, plan: Plan, entry: Entry, patience: _Patience) -> dict[str, Any]:
+    def fetch() -> bytes:
+        raw = b""
+        with hub.stream(plan, entry.name, 0) as response:
+            for block in response.iter_raw():
+                raw += block
+                if len(raw) > entry.size_bytes:
+                    break
+        if len(raw) < entry.size_bytes:
+            raise Transient("The hub's answer ended too early.")
+        return raw
+
+    if entry.size_bytes > _MAX_JSON_BYTES:
+        raise SourceUnreachable(f"{entry.name} has {entry.size_bytes} bytes, which is no sensible size.")
+    raw, digest = patience.call(fetch), entry.hasher()
+    digest.update(raw)
+    if digest.hexdigest() != entry.digest:
+        raise HashMismatch(f"{entry.name} is not what the hub announced.")
+    try:
+        table = json.loads(raw)
+    except (ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
+    return table
 
 
 # Files and locks -----------------------------------------------------------------------------------
@@ -546,18 +612,73 @@ def _load_plan(table: dict[str, Any], ref: Ref, folder: Path) -> Plan | None:
 # Publication ----------------------------------------------------------------------------------------
 
 
+def _recorded(folder: Path, repo: str) -> dict[str, Entry]:
+    """The files of a folder that a download of this repository put there, as they were then."""
+    found = {}
+    for name, table in read_manifest(folder).items():
+        size, algorithm, digest = table.get("size_bytes"), str(table.get("algorithm")), str(table.get("digest"))
+        plain = not re.search(r"[\\/\x00]", name) and name not in ("", ".", "..")
+        if plain and type(size) is int and str(table.get("repo")).lower() == repo.lower():
+            found[name] = Entry(name, size, algorithm, digest)
+    return found
+
+
+def _same(path: Path, other: Path) -> bool:
+    """Two names of one file, as _link() makes them; what it had to copy is told by its hash."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False
+
+
+def _refuse_foreign(job: _Job, plan: Plan, stop: threading.Event, missing: Iterable[Entry] = ()) -> None:
+    """Raise a DownloadError where publication would take a file from its place that is somebody else's.
+
+    missing are the files that are not staged yet. What the hub would send anyway may
+    be anybody's, and so may a file that the model does not need, unless it is weights:
+    those would lie in another folder than before, under the name of this model.
+    """
+    target, repo = job.target, plan.ref.repo
+    if target.is_symlink() or (os.path.lexists(target) and not target.is_dir()):
+        what = "is a link" if target.is_symlink() else "is a file"
+        raise DownloadError(f"{target} {what}, and the folder of {repo} would have its name.", hint=_MOVE)
+    own = _recorded(target, repo)
+    wanted = {entry.name: entry for entry in plan.entries}
+    names = [name for name in wanted if os.path.lexists(target / name)]
+    if target.is_dir() and not plan.ref.file:
+        names += [p.name for p in target.iterdir() if p.name.lower().endswith(_WEIGHTS) and p.name not in wanted]
+    for name in sorted(set(names) - own.keys()):
+        path, staged, entry = target / name, job.staged / name, wanted.get(name)
+        if entry is not None:
+            in_place = not staged.exists() and entry not in missing
+            if in_place or _same(path, staged) or _is(path, entry, stop):
+                continue
+        owner = read_manifest(target).get(name, {}).get("repo")
+        whose = f"of {owner}" if owner else f"which no download of {repo} put there"
+        raise DownloadError(f"{target} already holds another {name}, {whose}. Nothing was changed.", hint=_MOVE)
+
+
 def _publish(job: _Job, plan: Plan) -> None:
     """Put the staged files under the model's name. Safe to be killed anywhere, and to be called again after that.
 
     A folder of safetensors is swapped as a whole. Into a folder of GGUF files, which
     may hold other models in use, the parts are moved one by one; the library takes
-    a model for present only when every part and the projector are.
+    a model for present only when every part and the projector are. Raises
+    DownloadError, before anything is moved, where a file of somebody else's came there
+    since the download began.
     """
     target, staged, old = job.target, job.staged, job.home / "old"
     if staged.is_dir():
+        for entry in plan.entries:
+            if not ((staged / entry.name).exists() or (plan.ref.file and (target / entry.name).exists())):
+                hint = "Resume the download; it is fetched again."
+                raise DownloadError(f"{entry.name} was taken away from {target} meanwhile.", hint=hint)
+        _refuse_foreign(job, plan, threading.Event())  # a half publication is never paused
         if target.is_dir() and plan.ref.file:
+            recorded = _recorded(target, plan.ref.repo)
             for entry in plan.entries:
                 if (staged / entry.name).exists():
+                    _spare(target / entry.name, recorded.get(entry.name), entry)
                     os.replace(staged / entry.name, target / entry.name)
             _sync_folder(target)
             _write_manifest(target, plan)
@@ -565,11 +686,31 @@ def _publish(job: _Job, plan: Plan) -> None:
             _write_manifest(staged, plan)
             _sync_folder(staged)
             if target.exists():
+                if old.is_dir():  # an earlier try ended between its two renames, and the name was taken since
+                    _clear(old, target, plan)
                 os.rename(target, old)
             os.rename(staged, target)
             _sync_folder(target.parent)
     if old.is_dir():
         _clear(old, target, plan)
+
+
+def _spare(path: Path, recorded: Entry | None, wanted: Entry) -> None:
+    """Move a file aside that is about to be replaced, unless it can be had from the hub again."""
+    if os.path.lexists(path) and not _known(path, recorded, wanted):
+        os.rename(path, _kept_name(path))
+
+
+def _known(path: Path, *entries: Entry | None) -> bool:
+    return any(entry is not None and _is(path, entry, threading.Event()) for entry in entries)
+
+
+def _kept_name(path: Path) -> Path:
+    """Where to keep what lay at a path."""
+    number = 1
+    while os.path.lexists(kept := path.with_name(f"{path.name}.replaced-{number}")):
+        number += 1
+    return kept
 
 
 def _write_manifest(folder: Path, plan: Plan) -> None:
@@ -583,18 +724,17 @@ def _write_manifest(folder: Path, plan: Plan) -> None:
 
 
 def _clear(old: Path, target: Path, plan: Plan) -> None:
-    """Delete what was replaced. Files of the person's own among it are kept beside the model."""
-    names = {entry.name for entry in plan.entries} | read_manifest(old).keys() | {MANIFEST}
-    for name in names:
-        if "/" not in name and "\\" not in name and name not in (".", ".."):
-            (old / name).unlink(missing_ok=True)
+    """Delete of what was replaced the files that the hub sent, unchanged. All others are kept beside the model."""
+    recorded = _recorded(old, plan.ref.repo)
+    wanted = {entry.name: entry for entry in plan.entries}
+    for name in sorted(recorded.keys() | wanted.keys()):
+        if _same(old / name, target / name) or _known(old / name, recorded.get(name), wanted.get(name)):
+            (old / name).unlink()
+    (old / MANIFEST).unlink(missing_ok=True)  # the last: after a kill it is needed again
     try:
         old.rmdir()
     except OSError:
-        number = 1
-        while (kept := target.with_name(f"{target.name}.replaced-{number}")).exists():
-            number += 1
-        os.rename(old, kept)
+        os.rename(old, _kept_name(target))
 
 
 # All jobs -------------------------------------------------------------------------------------------
@@ -618,24 +758,29 @@ class Downloads:
         self._library, self._options = library, options or Options()
         self._token = token
         self._hub = Hub(endpoint, token, self._options.timeout_s)
+        self._asked = Hub(endpoint, token, self._options.lookup_timeout_s)
         self._on_change = on_change
         self._home = library.models_dir / PARTIAL
         self._jobs: dict[str, _Job] = {}
         self._turn = threading.Condition()
         self._active: set[_Job] = set()
         self._closed = False
+        self._ended = threading.Event()
+        self._lookups: set[Future[Any]] = set()
         self._recover()
 
     # What people ask for ------------------------------------------------------------------
 
     def plan(self, ref: Ref) -> Plan:
         """What the download takes, from the hub; nothing is written. Raises a DownloadError or ModelFilesUnsafe."""
-        return self._ask_hub(ref, _Patience(threading.Event(), self._options, lambda sentence: None))
+        found: Plan = self._answer(lambda patience: self._ask_hub(ref, self._asked, patience))
+        return found
 
     def read_json(self, plan: Plan, name: str) -> dict[str, Any]:
         """One small JSON file of the plan, checked against its hash, such as config.json."""
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
-        return self._small_json(plan, next(entry for entry in plan.entries if entry.name == name), patience)
+        entry = next(entry for entry in plan.entries if entry.name == name)
+        table: dict[str, Any] = self._answer(lambda patience: _small_json(self._asked, plan, entry, patience))
+        return table
 
     def look(self, repo: str, revision: str = "") -> Look:
         """What a repository holds: its branches, and the weights of one of them, the main one where none is named.
@@ -643,26 +788,58 @@ class Downloads:
         Raises a DownloadError or ModelFilesUnsafe.
         """
         ref = Ref(repo, revision or "main")
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
-        found = entries_of(ref, patience.call(lambda: self._hub.info(ref)))
-        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith((".gguf", ".safetensors"))}
-        return Look(weights, () if revision else tuple(self._hub.branches(ref)))
+
+        def ask(patience: _Patience) -> Look:
+            found = entries_of(ref, patience.call(lambda: self._asked.info(ref)))
+            weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith(_WEIGHTS)}
+            return Look(weights, () if revision else tuple(self._asked.branches(ref)))
+
+        looked: Look = self._answer(ask)
+        return looked
 
     def read_head(self, plan: Plan, name: str, limit_bytes: int) -> bytes:
         """The first bytes of a file of the plan: its header, without the weights. Nothing vouches for their hash."""
-        patience = _Patience(threading.Event(), self._options, lambda sentence: None)
 
         def fetch() -> bytes:
             raw = bytearray()
-            with self._hub.stream(plan, name, 0) as response:
+            with self._asked.stream(plan, name, 0) as response:
                 for block in response.iter_raw():
                     raw += block
                     if len(raw) >= limit_bytes:
                         break
             return bytes(raw[:limit_bytes])
 
-        found: bytes = patience.call(fetch)
+        found: bytes = self._answer(lambda patience: patience.call(fetch))
         return found
+
+    def _answer(self, ask: Callable[[_Patience], Any]) -> Any:
+        """A lookup's result, and not a moment's wait after close().
+
+        On a daemon thread of its own: nothing ends a connection that is not answered,
+        and the program must not wait for one.
+        """
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            result, failure = None, None
+            try:
+                result = ask(_ShortPatience(self._ended, self._options))
+            except BaseException as error:
+                failure = error
+            with self._turn:
+                if future in self._lookups:  # else close() has answered it
+                    self._lookups.discard(future)
+                    if failure is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(failure)
+
+        with self._turn:
+            if self._closed:
+                raise DownloadError(_ENDING, hint="Start it again, and ask again.")
+            self._lookups.add(future)
+        threading.Thread(target=work, name="lookup", daemon=True).start()
+        return future.result()
 
     def start(self, ref: Ref) -> JobView:
         """Begin or go on; the same ref is the same job. Errors come in the view, when they are known."""
@@ -673,6 +850,8 @@ class Downloads:
                 self._jobs[ref.id] = job
             elif job.state in RUNNING and not job.rest and not job.resting:
                 return job.view()
+            elif job.resting:  # another owner's model may have taken the folder since
+                job.target = self._library.folder(ref.variant())
             self._spawn(job, before.thread if before else None)
             return job.view()
 
@@ -704,11 +883,20 @@ class Downloads:
         if resting:
             self._discard(job)
 
+    def dismiss(self, job_id: str) -> None:
+        """Take a job that is done out of the list. The model stays."""
+        job = self._job(job_id)
+        with self._turn:
+            if job.state != "done":
+                raise InvalidRequest(f"{job.ref.title} is not done.", hint="Cancel it instead.")
+            del self._jobs[job_id]
+        self._tell(job)
+
     def jobs(self) -> list[JobView]:
-        """All the jobs, oldest first."""
+        """All the jobs, oldest first, without those that are done and whose model is gone."""
         with self._turn:
             found = list(self._jobs.values())
-        return [job.view() for job in found]
+        return [job.view() for job in found if job.state != "done" or (job.target / job.ref.file).exists()]
 
     def wait(self, job_id: str, timeout_s: float | None = None) -> JobView:
         """Wait until the job rests, at most so long."""
@@ -721,6 +909,10 @@ class Downloads:
         """Pause everything and wait until the files are closed. The jobs are there again at the next start."""
         with self._turn:
             self._closed = True
+            self._ended.set()
+            for future in self._lookups:
+                future.set_exception(DownloadError(_ENDING, hint="Start it again, and ask again."))
+            self._lookups.clear()
             found = list(self._jobs.values())
             for job in found:
                 job.rest = True
@@ -754,7 +946,7 @@ class Downloads:
 
     def _spawn(self, job: _Job, before: threading.Thread | None) -> None:
         if self._closed:
-            raise DownloadError("Turntable is ending.", hint="Start it again; the downloads are kept.")
+            raise DownloadError(_ENDING, hint="Start it again; the downloads are kept.")
         job.rest = job.resting = False
         job.state, job.error = "queued", None
         name = f"download-{job.ref.id}"
@@ -879,78 +1071,30 @@ class Downloads:
     def _prepare(self, job: _Job, plan: Plan | None) -> tuple[Plan, list[Entry]]:
         """Plan where there is none, take what is on this machine already; the plan, and what is to be fetched."""
         job.enter("planning")
-        plan = plan or self._ask_hub(job.ref, _Patience(job.stop, self._options, job.note))
+        plan = plan or self._ask_hub(job.ref, self._hub, _Patience(job.stop, self._options, job.note))
         job.plan = plan
-        self._refuse_foreign(job, plan)
         job.staged.mkdir(parents=True, exist_ok=True)
         _save_journal(job, "running")
         job.enter("checking")
-        return plan, [entry for entry in plan.entries if not self._adopt(job, plan, entry)]
+        missing = [entry for entry in plan.entries if not self._adopt(job, plan, entry)]
+        _refuse_foreign(job, plan, job.stop, missing)
+        return plan, missing
 
-    def _ask_hub(self, ref: Ref, patience: _Patience) -> Plan:
-        info = patience.call(lambda: self._hub.info(ref))
+    def _ask_hub(self, ref: Ref, hub: Hub, patience: _Patience) -> Plan:
+        info = patience.call(lambda: hub.info(ref))
         if not _COMMIT.fullmatch(str(info.sha or "")):
             raise SourceUnreachable(f"The hub names no commit for {ref.title}.")
         found = entries_of(ref, info)
         folder = self._library.folder(ref.variant())
         if ref.file:
             return Plan(ref, info.sha, folder, checked(ref, gguf_entries(ref, found)))
-        self._refuse_empty(ref, found)
+        _refuse_empty(ref, hub, found)
         indexed = None
         if INDEX in found:
             (entry,) = checked(ref, [found[INDEX]])
-            table = self._small_json(Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
+            table = _small_json(hub, Plan(ref, info.sha, folder, (entry,)), entry, patience).get("weight_map")
             indexed = {str(name) for name in table.values()} if isinstance(table, dict) else set()
         return Plan(ref, info.sha, folder, checked(ref, folder_entries(ref, found, indexed)))
-
-    def _refuse_empty(self, ref: Ref, found: dict[str, Entry]) -> None:
-        """An EXL2 repository's main branch holds no weights; say so before anything is fetched."""
-        if not any(name.endswith(".safetensors") for name in found):
-            pickled = sorted(name for name in found if name.lower().endswith(PICKLES))
-            if pickled:
-                raise ModelFilesUnsafe(f"{ref.title} has its weights in {pickled[0]}, which can run code when opened.")
-            what = ", ".join(sorted(name for name in found if not name.startswith("."))[:4]) or "nothing"
-            raise SourceNotFound(f"{ref.title} holds no weights, only {what}.", hint=self._hub.advice(ref))
-        if "config.json" not in found:
-            raise SourceNotFound(f"{ref.title} has no config.json, so no engine could load it.")
-
-    def _small_json(self, plan: Plan, entry: Entry, patience: _Patience) -> dict[str, Any]:
-        def fetch() -> bytes:
-            raw = b""
-            with self._hub.stream(plan, entry.name, 0) as response:
-                for block in response.iter_raw():
-                    raw += block
-                    if len(raw) > entry.size_bytes:
-                        break
-            if len(raw) < entry.size_bytes:
-                raise Transient("The hub's answer ended too early.")
-            return raw
-
-        if entry.size_bytes > _MAX_JSON_BYTES:
-            raise SourceUnreachable(f"{entry.name} has {entry.size_bytes} bytes, which is no sensible size.")
-        raw, digest = patience.call(fetch), entry.hasher()
-        digest.update(raw)
-        if digest.hexdigest() != entry.digest:
-            raise HashMismatch(f"{entry.name} is not what the hub announced.")
-        try:
-            table = json.loads(raw)
-        except (ValueError, RecursionError):
-            table = None
-        if not isinstance(table, dict):
-            raise SourceNotFound(f"{entry.name} of {plan.ref.title} is damaged on the hub.")
-        return table
-
-    def _refuse_foreign(self, job: _Job, plan: Plan) -> None:
-        """Two repositories of different owners can have the same name, and so the same folder."""
-        manifest = read_manifest(job.target)
-        for entry in plan.entries:
-            there = manifest.get(entry.name, {})
-            owner = str(there.get("repo", job.ref.repo))
-            if owner.lower() != job.ref.repo.lower() and there.get("digest") != entry.digest:
-                raise DownloadError(
-                    f"{job.target} already holds {entry.name} of {owner}.",
-                    hint="Move that folder away, or use it through a preset that names its path.",
-                )
 
     def _adopt(self, job: _Job, plan: Plan, entry: Entry) -> bool:
         """Take a file that an earlier run finished, that lies in the folder already, or in the hub library's cache."""
@@ -959,7 +1103,7 @@ class Downloads:
             pass  # it got its name only after its hash was right
         elif _is(placed, entry, job.stop):
             if not job.ref.file:
-                _link(placed, staged)
+                _link(placed.resolve(), staged)
         elif (own := self._hub.cached(plan, entry, self._options.cache_dir)) is not None and _is(own, entry, job.stop):
             _link(own.resolve(), staged)
         else:
@@ -1042,14 +1186,26 @@ class Downloads:
         except (_Busy, OSError):
             log.info("the files of %s are left to another server", job.ref.title)
         else:
-            if _read_json(job.home / "job.json").get("state") == "publishing" and job.plan is not None:
-                _publish(job, job.plan)  # it is whole, and its folder may be between two names
-            shutil.rmtree(job.home, ignore_errors=True)
+            try:
+                self._settle(job)
+            except (TurntableError, OSError) as error:
+                log.warning("what the download of %s replaced stays in %s: %s", job.ref.title, job.home, error)
+            else:
+                shutil.rmtree(job.home, ignore_errors=True)
             lock.release(delete=True)
         with self._turn:
             if self._jobs.get(job.ref.id) is job:
                 del self._jobs[job.ref.id]
         job.enter("cancelled")
+
+    @staticmethod
+    def _settle(job: _Job) -> None:
+        """End a publication that was cut off, so that the job's folder holds nothing but what the hub sent."""
+        old = job.home / "old"
+        if _read_json(job.home / "job.json").get("state") == "publishing" and job.plan is not None:
+            _publish(job, job.plan)  # it is whole, and its folder may be between two names
+        elif old.is_dir():
+            os.rename(old, _kept_name(job.target) if os.path.lexists(job.target) else job.target)
 
     def _recover(self) -> None:
         """List the unfinished jobs as paused, and finish what a crash cut off in the middle of its publication."""
@@ -1076,6 +1232,8 @@ class Downloads:
                 _publish(job, job.plan)
                 shutil.rmtree(job.home, ignore_errors=True)
                 finished = True
+        except TurntableError as error:
+            job.error = error.to_wire()
         except OSError as error:
             job.error = self._disk_error(error).to_wire()
         finally:

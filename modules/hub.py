@@ -31,6 +31,7 @@ from .errors import (
     SourceUnreachable,
     TurntableError,
 )
+from .library import DEVICE
 from .presets import Variant
 
 log = logging.getLogger("turntable.downloads")
@@ -47,8 +48,6 @@ _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")
 _PLAIN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.+-]{0,198}[A-Za-z0-9_+-])?")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)")
-# Windows opens a device under these names, whatever the ending.
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 INDEX = "model.safetensors.index.json"
 # What the ExLlama engines read beside the weights. Code and pickles are never among it.
 _SIDE_FILES = re.compile(
@@ -109,7 +108,7 @@ class Ref:
         if self.revision and (not _REVISION.fullmatch(self.revision) or ".." in self.revision):
             raise SourceNotFound(f"{_shown(self.revision)} is no branch or commit.")
         for name in (self.file, self.projector):
-            if name and (not _PLAIN.fullmatch(name) or _DEVICE.fullmatch(name) or not name.endswith(".gguf")):
+            if name and (not _PLAIN.fullmatch(name) or DEVICE.fullmatch(name) or not name.endswith(".gguf")):
                 raise SourceNotFound(f"{_shown(name)} is no plain name of a GGUF file.")
         if not self.file and not self.revision:
             # The main branch of such a repository often holds no weights, and downloads "well" in a second.
@@ -412,7 +411,7 @@ def entries_of(ref: Ref, info: Any) -> dict[str, Entry]:
 
 def _refuse_tricks(ref: Ref, name: Any) -> None:
     parts = name.split("/") if isinstance(name, str) else [""]
-    if any(part in ("", ".", "..") or _DEVICE.fullmatch(part) or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
+    if any(part in ("", ".", "..") or DEVICE.fullmatch(part) or re.search(r"[\\:\x00-\x1f]", part) for part in parts):
         raise ModelFilesUnsafe(
             f"{ref.repo} has a file whose name leads elsewhere: {_shown(name)}.",
             hint="Do not use this repository; its author means harm.",

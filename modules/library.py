@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from .errors import ModelFilesDamaged, ModelFilesUnsafe, ModelNotDownloaded
 from .presets import EXL_ENGINES, Variant
 
+MANIFEST = ".turntable.json"  # which files of a folder a download put there, and from where
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _MAX_ENTRIES = 10_000  # of one model folder
@@ -46,6 +47,8 @@ _MAX_STRINGS = 1_500_000
 _KEPT_STRING_BYTES = 256
 _MAX_CHECKED = 1024
 
+# Windows opens a device under these names, whatever the ending.
+DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf|\.safetensors)")
 
 
@@ -115,6 +118,14 @@ class Library:
         name = variant.repo.rpartition("/")[2]
         if variant.revision and not variant.file:
             name = f"{name}-{variant.revision}"
+        # The same on every system, so that a models folder can be carried to Windows, which also drops dots at the end.
+        if DEVICE.fullmatch(name):
+            name = f"_{name}"
+        name = f"{name}_" if name.endswith(".") else name
+        # Another owner's repository of the same name may have been there first; GGUF files share a folder.
+        beside = self._models / f"{variant.repo.partition('/')[0]}--{name}"
+        if not variant.file and (beside.is_dir() or _is_of_others(self._models / name, variant.repo)):
+            return beside
         return self._models / name
 
     def locate(self, variant: Variant) -> Located:
@@ -252,6 +263,17 @@ class Library:
                 self._checked.clear()
             self._checked[key] = header
         return self._checked[key]
+
+
+def _is_of_others(folder: Path, repo: str) -> bool:
+    """Does the manifest that a download left there name other repositories only? False where there is none."""
+    try:
+        files = _read_json(folder / MANIFEST, _MAX_CONFIG_BYTES).get("files")
+    except (OSError, ModelFilesDamaged):
+        return False
+    tables = files.values() if isinstance(files, dict) else ()
+    owners = {str(table["repo"]).lower() for table in tables if isinstance(table, dict) and "repo" in table}
+    return bool(owners) and repo.lower() not in owners
 
 
 def _own(variant: Variant) -> Path:

@@ -84,7 +84,7 @@ def serve(settings: Settings) -> int:
     panels: dict[str, Any] = {
         "system": system, "bench": BenchPanel(bench), "measured": MeasuredPanel(bench.history),
         "downloads": DownloadsPanel(downloads, assistant.presets), "models": models,
-        "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf")),
+        "shelf": ShelfPanel(shelf, lambda: redraw("models", "shelf", "downloads")),
     }  # fmt: skip
     answerers = answerers_of(models, assistant, downloads) | {"token": panels["downloads"].token}
     live = Live(assistant, panels=panels, answerers=answerers)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from modules.errors import (
     AccessDenied,
     DownloadError,
     HashMismatch,
+    ModelFilesError,
     ModelFilesUnsafe,
     ModelNotDownloaded,
     NotEnoughDisk,
@@ -33,7 +35,8 @@ from modules.errors import (
 )
 from modules.hub import INDEX, Plan, Ref
 from modules.library import Library
-from modules.presets import Variant
+from modules.presets import Presets, Variant
+from modules.shelf import Shelf
 from tests.conftest import eventually
 from tests.hub_server import TOKEN, Hub, Repo, git_sha1
 
@@ -155,6 +158,25 @@ def test_the_same_ref_is_the_same_job(hub, make):
 def test_refs_that_make_no_sense(words):
     with pytest.raises(SourceNotFound):
         Ref.parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "folder"),
+    [("a/con", "", "_con"), ("a/NUL", "", "_NUL"), ("a/aux.gguf", "", "_aux.gguf"), ("a/com1.x", "4.0", "_com1.x-4.0"),
+     ("a/model.", "", "model._"), ("a/model", "v1.", "model-v1._"), ("a/con", "4.0", "con-4.0"),
+     ("a/console", "", "console"), ("a/nul-GGUF", "", "nul-GGUF")],
+)  # fmt: skip
+def test_no_folder_is_named_like_a_device_of_windows(library, repo, revision, folder):
+    file = "" if revision else "x.gguf"
+    assert library.folder(Ref(repo, revision, file).variant()).name == folder
+
+
+def test_a_repository_named_like_a_device_is_downloaded(hub, make, library):
+    hub.add("maker/aux", {"x.gguf": gguf(1000)})
+    ref = Ref("maker/aux", file="x.gguf")
+    done(make(), ref)
+    assert library.locate(ref.variant()).model == library.models_dir / "_aux" / "x.gguf"
+    assert not list(library.models_dir.rglob("aux*"))
 
 
 def test_refs_of_variants():
@@ -320,7 +342,7 @@ def test_an_existing_folder_is_used_in_place(hub, make, library):
     for name, data in needed(model()).items():
         (folder / name).write_bytes(data)
     (folder / "notes.txt").write_text("mine")
-    (folder / "output-00002-of-00003.safetensors").write_bytes(b"half")
+    (folder / "output-00002-of-00003.safetensors").unlink()
     hub.log.clear()
     done(make())
     sent = [asked.path.rpartition("/")[2] for asked in hub.log if asked.sent_bytes]
@@ -328,6 +350,216 @@ def test_an_existing_folder_is_used_in_place(hub, make, library):
     assert contents(folder) == needed(model())
     # A file of the person's own is never deleted.
     assert contents(folder.with_name(folder.name + ".replaced-1")) == {"notes.txt": b"mine"}
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mine", ["config.json", "output-00001-of-00003.safetensors", "another.safetensors", "My.GGUF"])
+def test_a_folder_of_the_persons_own_is_left_alone(hub, make, library, mine):
+    """A file that differs, or weights that the download would push aside: refused before anything is fetched."""
+    folder = library.models_dir / "model-exl2-4_25"
+    folder.mkdir(parents=True)
+    (folder / mine).write_bytes(b"my own")
+    (folder / "tokenizer.json").write_bytes(model()["tokenizer.json"])
+    view = failed(make(), DownloadError, f"already holds another {mine}")
+    assert "Move or rename" in view.error["hint"]
+    assert not [asked for asked in hub.log if asked.sent_bytes]
+    assert contents(folder) == {mine: b"my own", "tokenizer.json": model()["tokenizer.json"]}
+
+
+def test_a_file_of_the_persons_own_is_not_replaced(hub, make, library):
+    folder = library.models_dir / "small-GGUF"
+    folder.mkdir(parents=True)
+    (folder / GGUF.file).write_bytes(b"GGUFmine")
+    downloads = make()
+    failed(downloads, DownloadError, f"already holds another {GGUF.file}", GGUF)
+    assert contents(folder) == {GGUF.file: b"GGUFmine"}
+    (folder / GGUF.file).write_bytes(gguf(300_000))  # the very file that the hub has
+    done(downloads, GGUF)
+    assert not [asked for asked in hub.log if asked.sent_bytes]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_or_a_link_by_the_name_of_the_folder(make, library, tmp_path, kind):
+    place = library.models_dir / "model-exl2-4_25"
+    place.parent.mkdir()
+    (tmp_path / "mine").mkdir()
+    if kind == "file":
+        place.write_bytes(b"mine")
+    else:
+        place.symlink_to(tmp_path / "mine")
+    failed(make(), DownloadError, f"is a {kind}")
+    assert place.is_symlink() if kind == "link" else place.read_bytes() == b"mine"
+
+
+def test_another_owners_folder_of_the_same_name(hub, make, library):
+    """They live side by side, and neither is taken for the other."""
+    rival = Ref("rival/model-exl2", "4_25")
+    files = {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}
+    hub.add(rival.repo, files, rival.revision)
+    downloads = make()
+    done(downloads)
+    with pytest.raises(ModelNotDownloaded):
+        library.locate(rival.variant())
+    done(downloads, rival)
+    first, second = library.models_dir / "model-exl2-4_25", library.models_dir / "rival--model-exl2-4_25"
+    assert (contents(first), contents(second)) == (needed(model()), files)
+    assert (library.locate(REF.variant()).model, library.locate(rival.variant()).model) == (first, second)
+    shutil.rmtree(first)  # the second stays where it is
+    assert library.locate(rival.variant()).model == second
+    with pytest.raises(ModelNotDownloaded):
+        library.locate(REF.variant())
+
+
+def test_two_owners_downloads_that_began_together(hub, make, library):
+    """Both were promised the same folder. The second is refused, and resumed it goes beside the first."""
+    rival = Ref("rival/model-exl2", "4_25")
+    files = {"config.json": model()["config.json"], "output.safetensors": safetensors(900)}
+    hub.add(rival.repo, files, rival.revision)
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    job = under_way(downloads)
+    second = downloads.start(rival).id
+    hub.bytes_per_s = 0
+    assert downloads.wait(job, 20).state == "done"
+    view = downloads.wait(second, 20)
+    assert view.state == "failed" and "of maker/model-exl2" in view.error["message"]
+    assert contents(library.models_dir / "model-exl2-4_25") == needed(model())
+    done(downloads, rival)
+    assert contents(library.models_dir / "rival--model-exl2-4_25") == files
+
+
+def test_what_comes_into_the_folder_meanwhile_is_left_alone(hub, make, library):
+    """It is looked for once more before the publication; when it has been moved away, the download goes on."""
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    job = under_way(downloads)
+    folder = library.models_dir / "model-exl2-4_25"
+    folder.mkdir()
+    (folder / "output-00001-of-00003.safetensors").write_bytes(b"my own")
+    hub.bytes_per_s = 0
+    view = downloads.wait(job, 20)
+    assert view.state == "failed" and "already holds another output-00001" in view.error["message"]
+    assert contents(folder) == {"output-00001-of-00003.safetensors": b"my own"}
+    folder.rename(folder.with_name("mine"))
+    sent = sum(asked.sent_bytes for asked in hub.log)
+    done(downloads)
+    assert contents(folder) == needed(model()) and sum(asked.sent_bytes for asked in hub.log) == sent
+
+
+def test_a_part_that_is_taken_away_meanwhile_is_fetched_again(hub, make, library):
+    """One that lay there already is not fetched; the model is not called whole when it is gone in the end."""
+    parts = {f"big-0000{n}-of-00002.gguf": gguf(1000 if n == 1 else 300_000) for n in (1, 2)}
+    hub.add("maker/big", parts)
+    folder = library.models_dir / "big"
+    folder.mkdir(parents=True)
+    (folder / "big-00001-of-00002.gguf").write_bytes(gguf(1000))
+    hub.bytes_per_s = 300_000
+    downloads = make()
+    ref = Ref("maker/big", file="big-00001-of-00002.gguf")
+    job = under_way(downloads, ref, 50_000)
+    folder.rename(folder.with_name("elsewhere"))
+    hub.bytes_per_s = 0
+    view = downloads.wait(job, 20)
+    assert view.state == "failed" and "was taken away" in view.error["message"]
+    done(downloads, ref)
+    assert contents(folder) == parts
+
+
+def test_a_model_that_is_put_back_under_a_download_is_not_mixed(hub, make, library):
+    """Deleted while its newer version is paused, and taken back while that arrives."""
+    downloads = make()
+    done(downloads)
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    hub.bytes_per_s = 300_000
+    job = under_way(downloads, least=200_000)
+    shelf = Shelf(library, Presets([]), busy=downloads.is_writing)
+    with pytest.raises(ModelFilesError, match="is being downloaded"):
+        shelf.delete("model-exl2-4_25")
+    downloads.pause(job)
+    downloads.wait(job, 5)
+    shelf.delete("model-exl2-4_25")
+    downloads.resume(job)
+    shelf.undo(shelf.deleted()[0].id)
+    hub.bytes_per_s = 0
+    assert downloads.wait(job, 20).state == "done"
+    assert contents(library.models_dir / "model-exl2-4_25") == needed(model(5))
+    shelf.delete("model-exl2-4_25")
+    done(downloads)
+    with pytest.raises(ModelFilesError, match="There is a new"):
+        shelf.undo(shelf.deleted()[0].id)
+    shelf.close()
+
+
+def test_what_the_person_changed_in_a_download_is_kept_beside_it(hub, make, library):
+    downloads = make()
+    done(downloads)
+    done(downloads, GGUF)
+    folder, shared = library.models_dir / "model-exl2-4_25", library.models_dir / "small-GGUF"
+    (folder / "config.json").write_bytes(b'{"mine": 1}')
+    (shared / GGUF.file).write_bytes(b"GGUFmine")
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    done(downloads)
+    done(downloads, GGUF)
+    assert contents(folder) == needed(model(5))
+    assert contents(folder.with_name(f"{folder.name}.replaced-1")) == {"config.json": b'{"mine": 1}'}
+    assert contents(shared) == {GGUF.file: gguf(300_000), f"{GGUF.file}.replaced-1": b"GGUFmine"}
+
+
+def test_a_manifest_that_names_files_elsewhere_deletes_none(hub, make, library, tmp_path):
+    downloads = make()
+    done(downloads)
+    folder = library.models_dir / "model-exl2-4_25"
+    (library.models_dir / "precious").write_bytes(b"mine")
+    table = json.loads((folder / MANIFEST).read_text())
+    entry = {"size_bytes": 4, "algorithm": "git-sha1", "digest": git_sha1(b"mine"), "repo": REF.repo}
+    table["files"] |= {"../../../precious": entry, "../precious": entry, "": entry, "half": {"repo": REF.repo}}
+    (folder / MANIFEST).write_text(json.dumps(table))
+    hub.repos[REF.repo].branches[REF.revision] = model(5)
+    done(downloads)
+    assert contents(folder) == needed(model(5)) and (library.models_dir / "precious").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_cancelled_publication_gives_the_old_model_back(hub, make, library, taken):
+    """Between its two renames the old model lies in the job's folder, which a cancel deletes."""
+    downloads = make()
+    done(downloads)
+    folder, home = library.models_dir / "model-exl2-4_25", library.models_dir / PARTIAL / REF.id
+    home.mkdir()
+    folder.rename(home / "old")
+    (home / "job.json").write_text(json.dumps({"ref": {"repo": REF.repo, "revision": REF.revision}, "state": "failed"}))
+    if taken:
+        folder.mkdir()
+    again = make()
+    again.cancel(REF.id)
+    assert again.jobs() == [] and not home.exists()
+    back = folder.with_name(f"{folder.name}.replaced-1") if taken else folder
+    assert contents(back) == needed(model())
+
+
+def test_a_publication_that_meets_a_foreign_folder_at_the_start_is_said(hub, make, library):
+    """The server died before its publication, and the person put a folder of that name there."""
+    first = make()
+    (library.models_dir / "model-exl2-4_25").mkdir(parents=True)
+    mine = library.models_dir / "model-exl2-4_25" / "mine.safetensors"
+    home = library.models_dir / PARTIAL / REF.id
+    (home / "files").mkdir(parents=True)
+    for name, data in needed(model()).items():
+        (home / "files" / name).write_bytes(data)
+    entries = [vars(entry) for entry in first.plan(REF).entries]
+    table = {"ref": vars(REF), "state": "publishing", "commit": "0" * 40, "entries": entries}
+    (home / "job.json").write_text(json.dumps(table))
+    mine.write_bytes(b"my own")
+    second = make()
+    (view,) = second.jobs()
+    assert view.state == "failed" and "already holds another mine.safetensors" in view.error["message"]
+    assert mine.read_bytes() == b"my own"
+    mine.unlink()
+    done(second)
+    assert contents(mine.parent) == needed(model())
 
 
 def test_the_cache_of_the_hub_library_is_used(hub, make, library, tmp_path):
@@ -563,6 +795,61 @@ def test_no_network(library):
     downloads = Downloads(library, "http://127.0.0.1:9", lambda: None, QUICK)
     failed(downloads, SourceUnreachable, "127.0.0.1 cannot be reached")
     downloads.close()
+
+
+def test_no_network_is_said_soon_to_somebody_who_asks(library):
+    """With the limits of the program: the downloads' own patience is two minutes."""
+    downloads = Downloads(library, "http://127.0.0.1:9", lambda: None)
+    began = time.monotonic()
+    for ask in (lambda: downloads.plan(REF), lambda: downloads.look(REF.repo)):
+        with pytest.raises(SourceUnreachable, match=r"^127\.0\.0\.1 cannot be reached\.$") as caught:
+            ask()
+        assert "ask again" in caught.value.hint
+    assert time.monotonic() - began < 10
+    downloads.close()
+    options = Options()
+    assert options.lookup_tries * options.lookup_timeout_s + options.backoff_s <= 10
+
+
+def test_a_lookup_tries_twice_and_waits_for_no_long_pause(hub, make):
+    downloads = make()
+    hub.answers = [(503, {})]
+    plan = downloads.plan(REF)
+    hub.answers = [(503, {})]
+    assert downloads.read_json(plan, "config.json") == {"model_type": "x"}
+    hub.answers = [(503, {})] * 2
+    with pytest.raises(SourceUnreachable, match="answers 503"):
+        downloads.plan(REF)
+    hub.answers = [(429, {"retry-after": "30"})]
+    began = time.monotonic()
+    with pytest.raises(SourceUnreachable, match="asks for a pause"):
+        downloads.plan(REF)
+    assert time.monotonic() - began < 5 and hub.answers == []
+
+
+def test_a_lookup_ends_when_the_program_ends(library):
+    """Nobody answers the connection, and the program's end waits for nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        downloads = Downloads(library, address, lambda: None, replace(QUICK, lookup_timeout_s=30.0, timeout_s=30.0))
+        said = []
+
+        def ask():
+            try:
+                downloads.plan(REF)
+            except DownloadError as error:
+                said.append(str(error))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        connection, _ = silent.accept()
+        began = time.monotonic()
+        downloads.close()
+        asking.join(10)
+        assert said == ["Turntable is ending."] and time.monotonic() - began < 2
+        with pytest.raises(DownloadError, match="ending"):
+            downloads.look(REF.repo)
+        connection.close()
 
 
 def test_a_login_page_in_between(hub, make):
@@ -836,6 +1123,12 @@ def test_a_crash_before_any_rename(hub, tmp_path, there):
                 folder.mkdir(parents=True)
                 for name, data in (old if there == "older" else {"other.gguf": gguf(10)}).items():
                     (folder / name).write_bytes(data)
+                if there == "older":
+                    (folder / MANIFEST).write_text(json.dumps({"files": {
+                        name: {"size_bytes": len(data), "algorithm": "sha256", "repo": ref.repo,
+                               "digest": hashlib.sha256(data).hexdigest()}
+                        for name, data in old.items() if name != "notes.txt"
+                    }}))  # fmt: skip
             seen = killer.order("crashes", hub, models, ref, nth)
             if seen["listed"] is not None:
                 seen["listed"].pop(MANIFEST, None)

@@ -80,7 +80,7 @@ def test_a_variant_is_downloaded_and_every_page_is_told(panel, told, tmp_path) -
     eventually(lambda: state(panel) == "done", 20)
     shown = panel.html()
     assert "maker/model-exl2@4_25" in shown
-    assert 'data-state="done"' in shown and "<button" not in shown
+    assert 'data-state="done"' in shown and shown.count("<button") == 1
     assert (tmp_path / "models" / "model-exl2-4_25" / "config.json").is_file()
     assert {view.state for view in told} >= {"downloading", "done"}
 
@@ -93,6 +93,8 @@ def test_pause_keeps_what_has_arrived_and_go_on_ends_it(panel, hub) -> None:
     panel.act(job_id(panel), "pause")
     eventually(lambda: state(panel) == "paused", 10)
     assert "paused" in panel.html() and 'data-action="resume"' in panel.html()
+    (view,) = panel._downloads.jobs()
+    assert f"{view.done_bytes / 1000:.1f} KB of {view.total_bytes / 1000:.1f} KB" in panel.html()
     hub.bytes_per_s = 0
     panel.act(job_id(panel), "resume")
     eventually(lambda: state(panel) == "done", 20)
@@ -105,6 +107,38 @@ def test_cancel_takes_it_away(panel, hub, tmp_path) -> None:
     panel.act(job_id(panel), "cancel")
     eventually(lambda: panel.html() == "", 10)
     assert not (tmp_path / "models" / "model-exl2-4_25").exists()
+
+
+def test_what_is_done_can_be_dismissed(panel, tmp_path, hub, told) -> None:
+    hub.bytes_per_s = 40_000
+    panel.act("mine/there", "start")
+    eventually(lambda: panel._downloads.jobs()[-1].done_bytes > 0, 10)
+    with pytest.raises(InvalidRequest, match="is not done"):
+        panel.act(job_id(panel), "dismiss")
+    hub.bytes_per_s = 0
+    eventually(lambda: state(panel) == "done", 20)
+    assert 'data-action="dismiss"' in panel.html()
+    before = len(told)
+    panel.act(job_id(panel), "dismiss")
+    assert panel.html() == "" and len(told) == before + 1  # every page is told
+    assert (tmp_path / "models" / "model-exl2-4_25" / "config.json").is_file()
+    with pytest.raises(SourceNotFound, match="gone"):
+        panel._downloads.dismiss(told[-1].id)
+
+
+def test_what_is_done_and_was_deleted_since_is_not_called_ready(panel, tmp_path) -> None:
+    panel.act("mine/there", "start")
+    eventually(lambda: state(panel) == "done", 20)
+    (tmp_path / "models" / "model-exl2-4_25").rename(tmp_path / "aside")
+    assert panel.html() == ""
+
+
+def test_a_download_that_failed_shows_what_has_arrived(panel, hub) -> None:
+    hub.wrong = {"output-00001-of-00003.safetensors": 2}
+    panel.act("mine/there", "start")
+    eventually(lambda: state(panel) == "failed", 20)
+    (view,) = panel._downloads.jobs()
+    assert view.total_bytes and f" of {view.total_bytes / 1000:.1f} KB" in panel.html()
 
 
 def test_a_failure_is_said_in_words(panel) -> None:

@@ -36,8 +36,8 @@ class DownloadsPanel:
         return '<h3>Downloads</h3><div class="engines">' + "".join(map(_job, jobs)) + "</div>"
 
     def act(self, name: str, action: str) -> None:
-        """A button: start PRESET/VARIANT, fetch what plan.py calls hub:REPOSITORY|FILE|PROJECTOR, or pause, resume or
-        cancel a job by its id. Raises TurntableError."""
+        """A button: start PRESET/VARIANT, fetch what plan.py calls hub:REPOSITORY|FILE|PROJECTOR, or pause, resume,
+        cancel or dismiss a job by its id. Raises TurntableError."""
         if action == "start":
             self._downloads.start(self._ref(name))
         elif action == "fetch":
@@ -49,6 +49,8 @@ class DownloadsPanel:
             self._downloads.resume(name)
         elif action == "cancel":
             self._downloads.cancel(name)
+        elif action == "dismiss":
+            self._downloads.dismiss(name)
         else:
             raise InvalidRequest(f"A download cannot be told to {action!r}.")
 
@@ -74,7 +76,7 @@ class DownloadsPanel:
 def _job(job: JobView) -> str:
     share = 100 * job.done_bytes / job.total_bytes if job.total_bytes else 0.0
     title = f"{job.repo}{f'@{job.revision}' if job.revision else ''} {job.file}".strip()
-    figures = progress_line(job).partition("]")[2].strip() if job.state in RUNNING and job.total_bytes else ""
+    figures = progress_line(job).partition("]")[2].strip() if job.state != "done" and job.total_bytes else ""
     parts = [
         f'<section class="engine" data-state="{job.state}"><div class="top"><b>{html.escape(title)}</b>'
         f'<span class="badge {job.state}">{WORDS[job.state]}</span><small>{html.escape(figures)}</small></div>'
@@ -103,4 +105,4 @@ def _buttons(job: JobView) -> str:
         return button("pause", "Pause") + button("cancel", "Cancel", ' data-sure="Delete what is here?"')
     if job.state in ("paused", "failed"):
         return button("resume", "Go on") + button("cancel", "Delete", ' data-sure="Delete what is here?"')
-    return ""
+    return button("dismiss", "Dismiss")  # it is done
