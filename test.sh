@@ -109,7 +109,9 @@ export TURNTABLE_CHROMIUM
 
 step ruff "${run[@]}" ruff check .
 step mypy "${run[@]}" mypy
-step pytest "${run[@]}" pytest --cov --cov-report=term:skip-covered
+# A file's tests stay together, because they share servers and engines. More than two files at once would disturb those
+# that look at how long something takes.
+step pytest "${run[@]}" pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
 step docs "$venv/bin/python" docs/readme.py --check
 
 if [[ ${#failed[@]} -gt 0 ]]; then

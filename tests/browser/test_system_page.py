@@ -337,7 +337,7 @@ def test_a_start_with_a_driver_that_hangs(look, tmp_path_factory) -> None:
         drive.page.click("#tab-system")
         nvml.two_cards(plan.file)
         has(drive, "22 W", BOTH[0])
-        eventually(lambda: re.search(r"driver answers now: 3\d\d\d\d MB for models", machine.server.log()), 30)
+        eventually(lambda: re.search(r"driver answers now: 23\d\d\d MB for models", machine.server.log()), 30)
     finally:
         assert machine.server.stop() == 0
     assert "Traceback" not in machine.server.log()
