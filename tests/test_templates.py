@@ -222,7 +222,8 @@ def test_what_would_take_gigabytes_as_text_is_refused_when_it_is_built() -> None
     for source, (said, spent_s, most_mb) in zip(TOO_LONG, told, strict=True):
         # A slow machine may reach the limit of time first.
         assert any(w in said for w in ("too long", "is not for templates", "longer than 1 s")), (source, said)
-        assert spent_s < 6 and most_mb < 400, (source, spent_s, most_mb)  # the limit is 1 s of a core that may be shared
+        # The limit is 1 s, of a core that may be shared.
+        assert spent_s < 6 and most_mb < 400, (source, spent_s, most_mb)
 
 
 def test_long_conversations_and_what_templates_do_with_them_stay_within_the_limits() -> None:
