@@ -301,6 +301,11 @@ class Split:
         """The option as the adapters read it."""
         return ",".join(f"{share.split_gb:.3f}" for share in self.shares)
 
+    @property
+    def used(self) -> int:
+        """How many cards get layers."""
+        return sum(share.layers > 0 for share in self.shares)
+
 
 # Weights -------------------------------------------------------------------------------------------
 
@@ -842,7 +847,26 @@ def active_share(shape: ModelShape) -> float:
 
 
 def split(setup: Setup, cards: Sequence[Card], tensors: TensorBytes | None = None) -> Split:
-    """Divide a model over cards by layers, in proportion to what each has free after its fixed parts.
+    """Divide a model over the fewest cards on which it fits: those with the most free memory, at least two.
+
+    A card costs scratch memory however few layers it gets, so one that is small or busy can be one too many. The
+    shares are those of all the cards in their order, with nothing for one that is left out.
+    """
+    by_room = sorted(range(len(cards)), key=lambda index: -cards[index].free_bytes)
+    tried: list[Split] = []
+    for count in range(min(2, len(cards)), len(cards) + 1):
+        taken = sorted(by_room[:count])
+        some = _split_over(setup, [cards[index] for index in taken], tensors)
+        shares = dict(zip(taken, some.shares, strict=True))
+        tried.append(replace(some, shares=tuple(shares.get(i, Share(0, 0, 0.0)) for i in range(len(cards)))))
+    order = ("fits", "tight", "does not fit")
+    best = min(order.index(each.verdict.kind) for each in tried)
+    alike = [each for each in tried if order.index(each.verdict.kind) == best]
+    return alike[0] if alike[0].verdict.fits else max(alike, key=lambda each: each.verdict.spare_bytes)
+
+
+def _split_over(setup: Setup, cards: Sequence[Card], tensors: TensorBytes | None) -> Split:
+    """Divide a model over all these cards by layers, in proportion to what each has free after its fixed parts.
 
     The first card also gets the vision tower and the draft model, the last one the output head.
     """
