@@ -46,6 +46,7 @@ EXLLAMAV2_KNOWS = frozenset(
 WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration")
 KINDS = ("exl2", "exl3", "gptq", "full")  # of a folder of safetensors, that an engine of ours reads
 GPTQ_FORMATS = ("gptq", "gptq_v2")  # as in engines/checkpoint.py
+FOLDER = "."  # in the place of a GGUF file's name: not one file of the repository, but its safetensors
 _BITS = re.compile(r"(\d+)[._](\d+)")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
@@ -64,12 +65,14 @@ class Found:
 @dataclass(frozen=True)
 class Choices:
     """A repository that holds several models: what has to be named. files are GGUF files to bytes, projectors the
-    files that let such a model see."""
+    files that let such a model see. folder is the branch whose safetensors can be taken beside these files, or empty.
+    """
 
     repo: str
     branches: tuple[str, ...]
     files: Mapping[str, int]
     projectors: tuple[str, ...] = ()
+    folder: str = ""
 
 
 class Lookup:
@@ -79,14 +82,14 @@ class Lookup:
         self._presets, self._downloads = presets, downloads
 
     def find(self, what: str, file: str = "", projector: str = "") -> Found:
-        """A preset's first variant, a path, or OWNER/NAME@REVISION with the file for GGUF.
+        """A preset's first variant, a path, or OWNER/NAME@REVISION with the file for GGUF, FOLDER for its safetensors.
 
         Raises a TurntableError that says what is missing.
         """
         if "@" not in what and (path := _existing(what)):
             return _from_path(path)
         if "/" in what:
-            return self._from_hub(Ref.parse(what, file, projector))
+            return self._from_hub(Ref.parse(what, "" if file == FOLDER else file, projector))
         try:
             variant = self._presets.get(what).variants[0]
         except PresetNotFound as error:
@@ -101,17 +104,18 @@ class Lookup:
         """What a repository holds, at its main branch unless a revision is named: its model, or what to choose from."""
         look = self._downloads.look(repo, revision)
         at = f"{repo}@{revision}" if revision else repo
+        plain = any(name.endswith(".safetensors") for name in look.weights)
+        others = tuple(name for name in look.branches if name != "main")
         models = {n: size for n, size in look.weights.items() if n.endswith(".gguf") and not _PROJECTOR.search(n)}
         # Parts are left out; where there are only parts, the first of each model stands for all of them.
         if files := {n: size for n, size in models.items() if not _PART.search(n)} or _joined(models):
             projectors = tuple(n for n in look.weights if n.endswith(".gguf") and _PROJECTOR.search(n))
-            return Choices(at, (), files, projectors)
-        if any(name.endswith(".safetensors") for name in look.weights):
-            return Ref(repo, revision or "main")
-        branches = tuple(name for name in look.branches if name != "main")
-        if not branches:
+            return Choices(at, others, files, projectors, (revision or "main") if plain else "")
+        if plain:
+            return Choices(repo, ("main", *others), {}) if others else Ref(repo, revision or "main")
+        if not others:
             raise SourceNotFound(f"{at} holds no weights that an engine of ours could load.")
-        return Choices(repo, branches, {})
+        return Choices(repo, others, {})
 
     def _from_hub(self, ref: Ref) -> Found:
         fetched = self._downloads.plan(ref)

@@ -28,8 +28,10 @@ from modules.errors import (
 )
 from modules.hub import Ref
 from modules.library import Library
-from modules.lookup import DEFAULT_CONTEXT, EXLLAMAV2_KNOWS, HEAD_BYTES, Choices, Found, Lookup
+from modules.lookup import DEFAULT_CONTEXT, EXLLAMAV2_KNOWS, FOLDER, HEAD_BYTES, Choices, Found, Lookup
 from modules.presets import Presets
+from modules.ui.downloads import DownloadsPanel
+from modules.ui.plan import _choices
 
 from .conftest import DEMO, ROOT
 from .hub_server import Hub
@@ -442,9 +444,28 @@ def test_branches_to_choose_from_where_main_holds_no_weights(lookup: Lookup, hub
 
 def test_one_model_needs_no_choice(lookup: Lookup, hub: Hub) -> None:
     hub.add("maker/plain", folder())
-    hub.add("maker/plain", folder(), "draft")
     assert lookup.choices("maker/plain") == Ref("maker/plain", "main")
+    hub.add("maker/plain", folder(), "draft")
+    assert lookup.choices("maker/plain") == Choices("maker/plain", ("main", "draft"), {})
+    assert lookup.choices("maker/plain", "draft") == Ref("maker/plain", "draft")
     assert asked(hub) == []
+
+
+def test_gguf_files_hide_neither_the_safetensors_beside_them_nor_the_branches(lookup: Lookup, hub: Hub) -> None:
+    hub.add("maker/both", {**folder(), "a-Q8_0.gguf": b"x"})
+    hub.add("maker/both", folder(EXL2), "4_25")
+    found = lookup.choices("maker/both")
+    assert found == Choices("maker/both", ("4_25",), {"a-Q8_0.gguf": 1}, (), "main")
+    assert lookup.find("maker/both@main", FOLDER).setup.quantization.kind == "full"
+    shown = _choices(found)
+    DownloadsPanel(lookup._downloads, lookup._presets).act(f"hub:maker/both@main|{FOLDER}|", "fetch")
+    assert [job.id for job in lookup._downloads.jobs()] == [Ref("maker/both", "main").id]
+    assert 'data-look="maker/both@main" data-file="."' in shown and 'data-look="maker/both@4_25"' in shown
+
+
+def test_a_name_that_turns_its_letters_around_is_shown_as_it_is() -> None:
+    shown = _choices(Choices("maker/odd", ("b\u202e",), {"a\u202efugg.gguf": 1}))
+    assert "a\\u202efugg.gguf <small>" in shown and ">b\\u202e<" in shown
 
 
 @pytest.mark.parametrize(
