@@ -11,10 +11,11 @@ licence without conditions, then the preset's own order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from modules import planner
+from modules.hardware import Card as SeenCard
 from modules.hardware import Machine
 from modules.planner import Card, Plan, Setup, TensorBytes, Verdict
 from modules.presets import CACHE_MODES, EXL_ENGINES, Preset, Variant
@@ -96,11 +97,35 @@ def places(ram_bytes: int) -> dict[str, Place]:
     return found
 
 
-def place_of(machine: Machine, engines: Mapping[str, str]) -> Place:
+@dataclass(frozen=True)
+class Budget:
+    """What models may take. cards are those that engines see, None for all that work; 0 bytes: as much as is there."""
+
+    cards: Callable[[Machine], Sequence[SeenCard]] | None = None
+    vram_bytes: int = 0  # of each card
+    ram_bytes: int = 0
+
+
+def place_of(
+    machine: Machine, engines: Mapping[str, str], budget: Budget | None = None, held_bytes: int = 0
+) -> Place:
     """This machine, as its hardware was last seen. What our own models hold counts as free: they can be unloaded."""
-    known = [card for card in machine.working_cards if card.total_bytes and card.free_bytes is not None]
-    bandwidths = tuple(card.bandwidth_gb_s or 0.0 for card in known)
-    return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidths)
+    budget = budget or Budget()
+    seen = budget.cards(machine) if budget.cards else machine.working_cards
+    known = [card for card in seen if card.total_bytes and card.free_bytes is not None]
+    cards = planner.cards_of(replace(machine, cards=tuple(known)))
+    if budget.vram_bytes:
+        cards = [_capped(card, budget.vram_bytes) for card in cards]
+    ram = machine.memory.available_bytes + held_bytes
+    ram = min(ram, budget.ram_bytes or ram, machine.memory.total_bytes or ram)
+    return Place(tuple(cards), ram, engines, tuple(card.bandwidth_gb_s or 0.0 for card in known))
+
+
+def _capped(card: Card, most_bytes: int) -> Card:
+    """The card, as if it had no more memory than that; what others use only counts where it leaves less."""
+    total = min(card.total_bytes, most_bytes)
+    free = min(total, card.free_bytes)
+    return Card(total, total - free + card.released_bytes, card.released_bytes)
 
 
 def kept_quality(bpw: float, engine: str = "exllamav2") -> float:
