@@ -644,9 +644,13 @@ class Downloads:
         """
         ref = Ref(repo, revision or "main")
         patience = _Patience(threading.Event(), self._options, lambda sentence: None)
-        found = entries_of(ref, patience.call(lambda: self._hub.info(ref)))
-        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith((".gguf", ".safetensors"))}
-        return Look(weights, () if revision else tuple(self._hub.branches(ref)))
+        info = patience.call(lambda: self._hub.info(ref))
+        found = entries_of(ref, info)
+        kinds = (".gguf", ".safetensors")
+        weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith(kinds)}
+        names = [each.rfilename for each in info.siblings or ()]
+        nested = tuple(sorted(name for name in names if "/" in name and name.endswith(kinds)))
+        return Look(weights, () if revision else tuple(self._hub.branches(ref)), nested)
 
     def read_head(self, plan: Plan, name: str, limit_bytes: int) -> bytes:
         """The first bytes of a file of the plan: its header, without the weights. Nothing vouches for their hash."""

@@ -113,6 +113,13 @@ class Lookup:
             return Choices(at, others, files, projectors, (revision or "main") if plain else "")
         if plain:
             return Choices(repo, ("main", *others), {}) if others else Ref(repo, revision or "main")
+        if not others and look.nested:
+            some = ", ".join(f"{name[:80]!a}" for name in look.nested[:3])
+            raise SourceNotFound(
+                f"{at} holds its weights in subfolders, which are not supported: {some}"
+                f"{f' and {len(look.nested) - 3} more' if len(look.nested) > 3 else ''}.",
+                hint="Download the file by hand, and name it in a preset by its path.",
+            )
         if not others:
             raise SourceNotFound(f"{at} holds no weights that an engine of ours could load.")
         return Choices(repo, others, {})

@@ -463,6 +463,12 @@ def test_gguf_files_hide_neither_the_safetensors_beside_them_nor_the_branches(lo
     assert 'data-look="maker/both@main" data-file="."' in shown and 'data-look="maker/both@4_25"' in shown
 
 
+def test_weights_in_subfolders_are_named(lookup: Lookup, hub: Hub) -> None:
+    hub.add("maker/deep", {f"Q{n}/a-Q{n}.gguf": b"x" for n in (2, 3, 4, 5)} | {"README.md": b"r"})
+    with pytest.raises(SourceNotFound, match=r"subfolders.*'Q2/a-Q2\.gguf', .* and 1 more"):
+        lookup.choices("maker/deep")
+
+
 def test_a_name_that_turns_its_letters_around_is_shown_as_it_is() -> None:
     shown = _choices(Choices("maker/odd", ("b\u202e",), {"a\u202efugg.gguf": 1}))
     assert "a\\u202efugg.gguf <small>" in shown and ">b\\u202e<" in shown
