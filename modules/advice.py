@@ -11,10 +11,11 @@ licence without conditions, then the preset's own order.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from modules import planner
+from modules.hardware import Card as SeenCard
 from modules.hardware import Machine
 from modules.planner import Card, Plan, Setup, TensorBytes, Verdict
 from modules.presets import CACHE_MODES, EXL_ENGINES, Preset, Variant
@@ -23,6 +24,7 @@ READY, INSTALLABLE = "ready", "installable"
 # Weights that a processor can read in a second, for "too slow to talk with": two channels of DDR4, estimate.
 MEMORY_GB_S = 40.0
 SLOW_TOKENS_S = 4.0
+UNKNOWN_CONTEXT = 131072  # tokens, the most that is offered for a model that does not say what it was made for
 FREE_LICENCES = ("mit", "apache-2.0", "bsd-3-clause")
 # How much of a model's ability is left at so many bits per weight: our reading of the perplexity tables that ExLlamaV2,
 # ExLlamaV3 and llama.cpp publish. Flat to about 4 bits, then steep.
@@ -95,11 +97,35 @@ def places(ram_bytes: int) -> dict[str, Place]:
     return found
 
 
-def place_of(machine: Machine, engines: Mapping[str, str]) -> Place:
+@dataclass(frozen=True)
+class Budget:
+    """What models may take. cards are those that engines see, None for all that work; 0 bytes: as much as is there."""
+
+    cards: Callable[[Machine], Sequence[SeenCard]] | None = None
+    vram_bytes: int = 0  # of each card
+    ram_bytes: int = 0
+
+
+def place_of(
+    machine: Machine, engines: Mapping[str, str], budget: Budget | None = None, held_bytes: int = 0
+) -> Place:
     """This machine, as its hardware was last seen. What our own models hold counts as free: they can be unloaded."""
-    known = [card for card in machine.working_cards if card.total_bytes and card.free_bytes is not None]
-    bandwidths = tuple(card.bandwidth_gb_s or 0.0 for card in known)
-    return Place(tuple(planner.cards_of(machine)), machine.memory.available_bytes, engines, bandwidths)
+    budget = budget or Budget()
+    seen = budget.cards(machine) if budget.cards else machine.working_cards
+    known = [card for card in seen if card.total_bytes and card.free_bytes is not None]
+    cards = planner.cards_of(replace(machine, cards=tuple(known)))
+    if budget.vram_bytes:
+        cards = [_capped(card, budget.vram_bytes) for card in cards]
+    ram = machine.memory.available_bytes + held_bytes
+    ram = min(ram, budget.ram_bytes or ram, machine.memory.total_bytes or ram)
+    return Place(tuple(cards), ram, engines, tuple(card.bandwidth_gb_s or 0.0 for card in known))
+
+
+def _capped(card: Card, most_bytes: int) -> Card:
+    """The card, as if it had no more memory than that; what others use only counts where it leaves less."""
+    total = min(card.total_bytes, most_bytes)
+    free = min(total, card.free_bytes)
+    return Card(total, total - free + card.released_bytes, card.released_bytes)
 
 
 def kept_quality(bpw: float, engine: str = "exllamav2") -> float:
@@ -130,14 +156,18 @@ def _fit(planned: Plan, place: Place, tensors: TensorBytes | None = None) -> tup
     split = planner.split(setup, place.cards, tensors)
     if not split.verdict.fits:
         return planned, verdict
-    words = f"Over {len(place.cards)} cards, the fullest: {split.verdict.words}"
-    over_all = planner.plan(replace(setup, gpus=len(place.cards)), tensors, planned.notes)
+    words = f"Over {split.used} cards, the fullest: {split.verdict.words}"
+    over_all = planner.plan(replace(setup, gpus=split.used), tensors, planned.notes)
     return over_all, replace(split.verdict, words=words)
 
 
-def largest_context(setup: Setup, place: Place, tensors: TensorBytes | None = None, most: int = 131072) -> int:
-    """The largest context that fits there, in whole pages of tokens, at most what the model was made for; 0: none."""
-    limit = min(most, setup.shape.max_positions or most)
+def largest_context(setup: Setup, place: Place, tensors: TensorBytes | None = None, most: int = 0) -> int:
+    """The largest context that fits there, in whole pages of tokens; 0: none.
+
+    At most what the model was made for, where that is not known UNKNOWN_CONTEXT, and never more than `most`.
+    """
+    limit = setup.shape.max_positions or most or UNKNOWN_CONTEXT
+    limit = min(limit, most or limit)
     low, high = 0, limit // planner.PAGE_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
@@ -204,20 +234,22 @@ def _may_be_recommended(judged: Judged, place: Place) -> bool:
 
 def _rank_of(judged: Judged, place: Place) -> tuple[float, ...]:
     """Compared from the first number on; see the head of this file."""
-    variant = judged.variant
-    # A card is worth ten minutes of installing ExLlamaV2. ExLlamaV3 compiles for the better part of an hour: not the
-    # first thing to ask of somebody.
-    if variant.engine not in EXL_ENGINES:
-        engine = 1.0
-    elif judged.engine == READY:
-        engine = 3.0
-    else:
-        engine = 2.0 if variant.engine == "exllamav2" else 0.0
+    variant, engine = judged.variant, _engine_rank(judged)
     free = float(variant.licence.lower() in FREE_LICENCES)
     if variant.engine not in EXL_ENGINES:
         return (engine, 0.0, free)  # on a processor the preset's order weighs speed against ability
     cache = float(-CACHE_MODES.index(variant.cache_mode))
     return (engine, 1.0, _step(judged.quality), float(variant.context), cache, free)
+
+
+def _engine_rank(judged: Judged) -> float:
+    # A card is worth ten minutes of installing ExLlamaV2. ExLlamaV3 compiles for the better part of an hour: not the
+    # first thing to ask of somebody.
+    if judged.variant.engine not in EXL_ENGINES:
+        return 1.0
+    if judged.engine == READY:
+        return 3.0
+    return 2.0 if judged.variant.engine == "exllamav2" else 0.0
 
 
 def _step(quality: float) -> float:
@@ -253,7 +285,7 @@ def _reason(best: Judged, judged: Sequence[Judged]) -> str:
     others = [
         j for j in judged
         if j is not best and j.plan is not None and j.verdict is not None and j.verdict.fits and not j.variant.bundled
-        and j.engine == best.engine and bool(j.plan.setup.gpus) == bool(best.plan.setup.gpus)
+        and _engine_rank(j) == _engine_rank(best) and bool(j.plan.setup.gpus) == bool(best.plan.setup.gpus)
     ]  # fmt: skip
     larger = [j for j in others if j.plan is not None and planner.parameters(j.plan.setup.shape) > 1.15 * size]
     if larger:

@@ -384,6 +384,10 @@ class Assistant:
         """Let waiting leases look at their `cancelled` at once."""
         self._loader.wake()
 
+    def held_ram_bytes(self) -> int:
+        """RAM of the loaded models, which an unload gives back."""
+        return self._loader.snapshot().used_bytes
+
     def engine_pids(self) -> list[int]:
         """Process ids of the engines' children."""
         return self._loader.pids()

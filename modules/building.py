@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modules import doctor, planner
+from modules.advice import Budget
 from modules.assistant import Assistant
 from modules.chats import Chats
 from modules.environments import NAMES, Environments, cards_of
@@ -86,6 +87,11 @@ def cards_for_models(settings: Settings, machine: Machine) -> tuple[list[planner
     free = [max(0, (card.total_bytes or 0) - planner.GIB) for card in visible_cards(machine)]
     cards = [planner.Card(min(size, most) if most else size) for size in free]
     return cards, most or (cards[0].total_bytes if cards else 0)
+
+
+def budget_of(settings: Settings) -> Budget:
+    """What the loader will use of this machine, for the advice on models."""
+    return Budget(visible_cards, settings.vram_budget_bytes, settings.memory_budget_bytes)
 
 
 def tell_bus_speeds(environments: Environments, hardware: Hardware) -> None:

@@ -790,9 +790,12 @@ class Downloads:
         ref = Ref(repo, revision or "main")
 
         def ask(patience: _Patience) -> Look:
-            found = entries_of(ref, patience.call(lambda: self._asked.info(ref)))
+            info = patience.call(lambda: self._asked.info(ref))
+            found = entries_of(ref, info)
             weights = {name: entry.size_bytes for name, entry in found.items() if name.endswith(_WEIGHTS)}
-            return Look(weights, () if revision else tuple(self._asked.branches(ref)))
+            names = [each.rfilename for each in info.siblings or ()]
+            nested = tuple(sorted(name for name in names if "/" in name and name.endswith(_WEIGHTS)))
+            return Look(weights, () if revision else tuple(self._asked.branches(ref)), nested)
 
         looked: Look = self._answer(ask)
         return looked

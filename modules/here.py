@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from modules import doctor
-from modules.advice import INSTALLABLE, READY, Place, place_of
+from modules.advice import INSTALLABLE, READY, Budget, Place, place_of
 from modules.environments import Environments
 from modules.errors import InstallFailed
 from modules.hardware import Hardware, Machine
@@ -18,15 +19,23 @@ KNOWN_FOR_S = 30.0
 class Here:
     """Hands out places. Thread-safe."""
 
-    def __init__(self, hardware: Hardware, environments: Environments) -> None:
+    def __init__(
+        self,
+        hardware: Hardware,
+        environments: Environments,
+        budget: Budget | None = None,
+        held: Callable[[], int] | None = None,
+    ) -> None:
+        """budget is what models may take; held tells how much RAM our own loaded models have, which an unload frees."""
         self._hardware, self._environments = hardware, environments
+        self._budget, self._held = budget, held
         self._lock = threading.Lock()
         self._known: tuple[float, tuple[str, ...], dict[str, str]] | None = None
 
     def place(self) -> Place:
         """This machine now."""
         machine = self._hardware.snapshot()
-        return place_of(machine, self._engines(machine))
+        return place_of(machine, self._engines(machine), self._budget, self._held() if self._held else 0)
 
     def forget(self) -> None:
         """An engine came or went: ask again."""

@@ -184,10 +184,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Look:
-    """weights: top-level GGUF and safetensors files of the branch that was looked at, to bytes; branches: all names."""
+    """weights: top-level GGUF and safetensors files of the branch that was looked at, to bytes; branches: all names.
+
+    nested are the files of weights in subfolders, which are not supported.
+    """
 
     weights: dict[str, int]
     branches: tuple[str, ...]
+    nested: tuple[str, ...] = ()
 
 
 class Hub:

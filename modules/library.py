@@ -18,7 +18,7 @@ import re
 import shlex
 import struct
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -165,16 +165,10 @@ class Library:
         if not weights:
             self._no_weights(variant, folder, names)
         if "config.json" not in names:
-            raise _absent(variant, folder, "config.json")
-        _read_json(folder / "config.json", _MAX_CONFIG_BYTES)
-        needed = {part for name in weights for part in _shards(name)}
-        if "model.safetensors.index.json" in names:
-            needed.update(_indexed(folder / "model.safetensors.index.json"))
-        for name in sorted(needed):
-            if name not in names:
-                raise _absent(variant, folder, name)
-        for name in weights:
-            self._check(folder / name, check_safetensors)
+            raise _absent(variant.title, folder, "config.json")
+        read_config(folder)
+        for name in whole_weights(folder, names, variant.title):
+            self._check(folder / name, _check_only)
         return Located(folder, None, sum((folder / name).stat().st_size for name in weights))
 
     def _present_folder(self, variant: Variant) -> Path:
@@ -229,7 +223,7 @@ class Library:
         for part in _shards(name):
             path = folder / part
             if not path.is_file():
-                raise _absent(variant, folder, part)
+                raise _absent(variant.title, folder, part)
             if not variant.path:
                 _inside(path, folder)
             header = self._check(path, check_gguf)
@@ -248,7 +242,7 @@ class Library:
         projector = self.folder(variant) / variant.projector if variant.projector else None
         for path in (model, projector):
             if path and not path.exists():
-                raise _absent(variant, path.parent, path.name)
+                raise _absent(variant.title, path.parent, path.name)
             if path and variant.repo:
                 _inside(path, self._models)
         sizes = [path.stat().st_size for path in (model, projector) if path and path.is_file()]
@@ -284,8 +278,8 @@ def _own(variant: Variant) -> Path:
         raise ModelNotDownloaded(f"{variant.path} cannot be found, because this account has no home folder.") from None
 
 
-def _absent(variant: Variant, folder: Path, name: str) -> ModelNotDownloaded:
-    return ModelNotDownloaded(f"{variant.title} is not on this machine: there is no file {name} in folder {folder}.")
+def _absent(title: str, folder: Path, name: str) -> ModelNotDownloaded:
+    return ModelNotDownloaded(f"{title} is not on this machine: there is no file {name} in folder {folder}.")
 
 
 def _names(folder: Path) -> set[str]:
@@ -317,6 +311,31 @@ def _shards(name: str) -> list[str]:
     if not found or not 0 < int(found[3]) <= _MAX_ENTRIES:
         return [name]
     return [f"{found[1]}-{part:05d}-of-{found[3]}{found[4]}" for part in range(1, int(found[3]) + 1)]
+
+
+# A folder of safetensors -------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json. Raises ModelFilesDamaged; OSError as the disk gives it."""
+    return _read_json(folder / "config.json", _MAX_CONFIG_BYTES)
+
+
+def whole_weights(folder: Path, names: Collection[str], title: str) -> list[str]:
+    """The safetensors files of a folder with these names in it.
+
+    Raises ModelNotDownloaded where there are none, or one is missing that the index or another's name tells of.
+    """
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if not weights:
+        raise ModelNotDownloaded(f"{title} is not complete: there is no *.safetensors in folder {folder}.")
+    needed = {part for name in weights for part in _shards(name)}
+    if "model.safetensors.index.json" in names:
+        needed.update(_indexed(folder / "model.safetensors.index.json"))
+    for name in sorted(needed):
+        if name not in names:
+            raise _absent(title, folder, name)
+    return weights
 
 
 # safetensors ------------------------------------------------------------------------------
@@ -365,8 +384,13 @@ def _indexed(path: Path) -> set[str]:
     return names
 
 
-def check_safetensors(path: Path) -> None:
-    """Check the header of a safetensors file against its length; reads the header only.
+def _check_only(path: Path) -> None:
+    """check_safetensors, for a check whose result is remembered: of the tensors there can be very many."""
+    check_safetensors(path)
+
+
+def check_safetensors(path: Path) -> dict[str, int]:
+    """Check the header of a safetensors file against its length, and give bytes by tensor; reads the header only.
 
     Raises ModelFilesDamaged, or ModelFilesUnsafe for another format under this name.
     """
@@ -383,14 +407,16 @@ def check_safetensors(path: Path) -> None:
             raise ModelFilesDamaged(f"{path.name} is damaged: its header has {length} bytes.")
         header = _parse_json(file.read(length), path.name)
     header.pop("__metadata__", None)
+    spans = {name: _span(name, entry, path) for name, entry in header.items()}
     end = 0
-    for begin, stop in sorted(_span(name, entry, path) for name, entry in header.items()):
+    for begin, stop in sorted(spans.values()):
         if begin != end:
             raise ModelFilesDamaged(f"{path.name} is damaged: its tensors overlap or have gaps.")
         end = stop
     if end != size_bytes - 8 - length:
         whole = end + 8 + length
         raise ModelFilesDamaged(f"{path.name} is damaged: it has {size_bytes} bytes, and its header says {whole}.")
+    return {name: stop - begin for name, (begin, stop) in spans.items()}
 
 
 def _span(name: str, entry: Any, path: Path) -> tuple[int, int]:

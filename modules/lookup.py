@@ -16,8 +16,16 @@ from typing import Any
 
 from modules import planner
 from modules.downloads import Downloads
-from modules.errors import InvalidRequest, ModelFilesDamaged, ModelNotDownloaded, PresetNotFound, SourceNotFound
+from modules.errors import (
+    InvalidRequest,
+    LoadError,
+    ModelFilesDamaged,
+    ModelNotDownloaded,
+    PresetNotFound,
+    SourceNotFound,
+)
 from modules.hub import Entry, Plan, Ref
+from modules.library import check_gguf, read_config
 from modules.planner import Quantization, Setup, TensorBytes, VisionShape
 from modules.presets import EXL_ENGINES, Presets, Variant
 
@@ -25,7 +33,20 @@ DEFAULT_CONTEXT = 16384  # where nobody names one
 # A GGUF header is as long as its vocabulary: 6 to 12 MB for 150,000 to 260,000 words. Tried with more each time.
 HEAD_BYTES = (1 << 20, 8 << 20, 24 << 20)
 MAX_LAYERS = 1024  # as in a preset; the planner counts them one by one, and a stranger's header may claim billions
-ENGINES = {"exl3": "exllamav3", "gguf": "llamacpp"}  # the others are ExLlamaV2's
+# What ExLlamaV2 knows: ARCHITECTURES in engines/exllamav2.py, which imports the library and so cannot be asked here.
+# ExLlamaV3's names come from its library at run time; here it is held to models that write text.
+EXLLAMAV2_KNOWS = frozenset(
+    "LlamaForCausalLM MistralForCausalLM MixtralForCausalLM YiForCausalLM OrionForCausalLM Qwen2ForCausalLM "
+    "Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration "
+    "GemmaForCausalLM Gemma2ForCausalLM Gemma3ForConditionalGeneration Starcoder2ForCausalLM GemmoeForCausalLM "
+    "CohereForCausalLM Cohere2ForCausalLM DbrxForCausalLM Phi3ForCausalLM GPTBigCodeForCausalLM GPT2LMHeadModel "
+    "MiniCPMForCausalLM InternLM2ForCausalLM IndexForCausalLM GraniteForCausalLM Glm4ForCausalLM "
+    "LlavaForConditionalGeneration Mistral3ForConditionalGeneration".split()
+)
+WRITES_TEXT = ("ForCausalLM", "ForConditionalGeneration")
+KINDS = ("exl2", "exl3", "gptq", "full")  # of a folder of safetensors, that an engine of ours reads
+GPTQ_FORMATS = ("gptq", "gptq_v2")  # as in engines/checkpoint.py
+FOLDER = "."  # in the place of a GGUF file's name: not one file of the repository, but its safetensors
 _BITS = re.compile(r"(\d+)[._](\d+)")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PROJECTOR = re.compile(r"mmproj", re.IGNORECASE)
@@ -44,12 +65,14 @@ class Found:
 @dataclass(frozen=True)
 class Choices:
     """A repository that holds several models: what has to be named. files are GGUF files to bytes, projectors the
-    files that let such a model see."""
+    files that let such a model see. folder is the branch whose safetensors can be taken beside these files, or empty.
+    """
 
     repo: str
     branches: tuple[str, ...]
     files: Mapping[str, int]
     projectors: tuple[str, ...] = ()
+    folder: str = ""
 
 
 class Lookup:
@@ -59,14 +82,14 @@ class Lookup:
         self._presets, self._downloads = presets, downloads
 
     def find(self, what: str, file: str = "", projector: str = "") -> Found:
-        """A preset's first variant, a path, or OWNER/NAME@REVISION with the file for GGUF.
+        """A preset's first variant, a path, or OWNER/NAME@REVISION with the file for GGUF, FOLDER for its safetensors.
 
         Raises a TurntableError that says what is missing.
         """
         if "@" not in what and (path := _existing(what)):
             return _from_path(path)
         if "/" in what:
-            return self._from_hub(Ref.parse(what, file, projector))
+            return self._from_hub(Ref.parse(what, "" if file == FOLDER else file, projector))
         try:
             variant = self._presets.get(what).variants[0]
         except PresetNotFound as error:
@@ -81,17 +104,25 @@ class Lookup:
         """What a repository holds, at its main branch unless a revision is named: its model, or what to choose from."""
         look = self._downloads.look(repo, revision)
         at = f"{repo}@{revision}" if revision else repo
+        plain = any(name.endswith(".safetensors") for name in look.weights)
+        others = tuple(name for name in look.branches if name != "main")
         models = {n: size for n, size in look.weights.items() if n.endswith(".gguf") and not _PROJECTOR.search(n)}
         # Parts are left out; where there are only parts, the first of each model stands for all of them.
         if files := {n: size for n, size in models.items() if not _PART.search(n)} or _joined(models):
             projectors = tuple(n for n in look.weights if n.endswith(".gguf") and _PROJECTOR.search(n))
-            return Choices(at, (), files, projectors)
-        if any(name.endswith(".safetensors") for name in look.weights):
-            return Ref(repo, revision or "main")
-        branches = tuple(name for name in look.branches if name != "main")
-        if not branches:
+            return Choices(at, others, files, projectors, (revision or "main") if plain else "")
+        if plain:
+            return Choices(repo, ("main", *others), {}) if others else Ref(repo, revision or "main")
+        if not others and look.nested:
+            some = ", ".join(f"{name[:80]!a}" for name in look.nested[:3])
+            raise SourceNotFound(
+                f"{at} holds its weights in subfolders, which are not supported: {some}"
+                f"{f' and {len(look.nested) - 3} more' if len(look.nested) > 3 else ''}.",
+                hint="Download the file by hand, and name it in a preset by its path.",
+            )
+        if not others:
             raise SourceNotFound(f"{at} holds no weights that an engine of ours could load.")
-        return Choices(repo, branches, {})
+        return Choices(repo, others, {})
 
     def _from_hub(self, ref: Ref) -> Found:
         fetched = self._downloads.plan(ref)
@@ -105,11 +136,12 @@ class Lookup:
     def _folder(ref: Ref, fetched: Plan, config: Mapping[str, Any]) -> Found:
         shape = planner.shape_of_config(config)
         said = config.get("quantization_config") or {}
-        kind = str(said.get("quant_method") or "full").lower()
+        kind = _kind(said)
+        engine = _engine(config, kind, ref.title)
         bits = _bits(said, ref.revision, ref.repo) if kind != "full" else 16.0
-        quantization = Quantization(kind, bits, float(said.get("head_bits") or 6))
+        quantization = Quantization(kind, bits, planner.stated_bits(said.get("head_bits") or 6, "head_bits"))
         setup = Setup(
-            shape, quantization, ENGINES.get(kind, "exllamav2"),
+            shape, quantization, engine,
             context=min(shape.max_positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT),
         )  # fmt: skip
         tensors = planner.weight_bytes(setup)
@@ -177,10 +209,41 @@ def _from_path(path: Path) -> Found:
         raise ModelNotDownloaded(f"The folder {path} holds no model: it has no config.json.")
     try:
         with _sense(path.name):
-            model = planner.read_folder(path) if path.is_dir() else _read_gguf(path)
+            if not path.is_dir():
+                model, engine = _read_gguf(path), "llamacpp"
+            else:
+                model, config = planner.read_folder(path), read_config(path)
+                said = _kind(config.get("quantization_config") or {})
+                engine = _engine(config, model.quantization.kind if said == "full" else said, path.name)
     except OSError as error:
         raise ModelFilesDamaged(f"{path} cannot be read: {error.strerror or error}.") from None
-    return Found(path.name, _local_setup(model, ENGINES.get(model.quantization.kind, "exllamav2")), model.tensors)
+    return Found(path.name, _local_setup(model, engine), model.tensors)
+
+
+def _kind(said: Mapping[str, Any]) -> str:
+    """How a quantization_config says that the weights are stored; full where it says nothing."""
+    return str(said.get("quant_method") or "full").lower()
+
+
+def _engine(config: Mapping[str, Any], kind: str, title: str) -> str:
+    """The engine that loads a folder of safetensors of this kind. Raises LoadError where none of ours does."""
+    said = config.get("quantization_config") or {}
+    packing = "marlin" if said.get("is_marlin_format") else said.get("checkpoint_format") or "gptq"
+    architecture = str((config.get("architectures") or ["?"])[0])
+    wrong = ""
+    if kind not in KINDS:
+        wrong = f"its weights are quantized by {kind[:40]!a}, and they read EXL2, EXL3, 4-bit GPTQ and 16 bits"
+    elif kind == "gptq" and said.get("bits", 4) != 4:
+        wrong = f"it is GPTQ with {planner.stated_bits(said['bits']):g} bits, and ExLlamaV2 reads 4"
+    elif kind == "gptq" and packing not in GPTQ_FORMATS:
+        wrong = f"it is GPTQ in the packing {str(packing)[:40]!a}, and ExLlamaV2 reads {' and '.join(GPTQ_FORMATS)}"
+    elif kind in ("exl2", "gptq") and architecture not in EXLLAMAV2_KNOWS:
+        wrong = f"ExLlamaV2 does not know the architecture {architecture[:60]!a}"
+    elif architecture not in EXLLAMAV2_KNOWS and not architecture.endswith(WRITES_TEXT):
+        wrong = f"{architecture[:60]!a} is not the architecture of a model that writes text"
+    if wrong:
+        raise LoadError(f"No engine of ours loads {title}: {wrong}.", hint="Look for its EXL2, EXL3 or GGUF files.")
+    return "exllamav3" if kind == "exl3" or architecture not in EXLLAMAV2_KNOWS else "exllamav2"
 
 
 def _read_gguf(path: Path) -> planner.Model:
@@ -191,7 +254,7 @@ def _read_gguf(path: Path) -> planner.Model:
     if _PART.search(path.name):
         stem = _PART.sub("", path.name)
         parts = sorted(p for p in path.parent.glob("*.gguf") if _PART.search(p.name) and _PART.sub("", p.name) == stem)
-    _refuse_layers(planner.gguf_tensors(parts[0])[0], path.name)
+    check_gguf(parts[0])  # which bounds all that is counted in the header, before anything counts it
     return _with_parts(planner.read_gguf(parts[0]), sum(part.stat().st_size for part in parts[1:]))
 
 
@@ -252,8 +315,8 @@ def _local_setup(model: planner.Model, engine: str) -> Setup:
 
 def _bits(said: Mapping[str, Any], revision: str, repo: str) -> float:
     """Bits per weight as the configuration says, or the branch's or repository's name ("4_25", "6.5bpw")."""
-    if isinstance(said.get("bits"), int | float):
-        return float(said["bits"])
+    if said.get("bits") is not None:
+        return planner.stated_bits(said["bits"])
     for text in (revision, repo):
         if found := _BITS.search(text):
             return float(f"{found[1]}.{found[2]}")

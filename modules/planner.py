@@ -13,9 +13,9 @@ an image takes while it is read, and tokens per second.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +23,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelFilesDamaged
+from .errors import ModelFilesDamaged, ModelFilesError
 from .hardware import Machine
+from .library import check_safetensors, read_config, whole_weights
 from .presets import CACHE_MODES, Options, Shape, Variant
 
 GB, MIB, GIB = 10**9, 2**20, 2**30
@@ -299,6 +300,11 @@ class Split:
     def gpu_split(self) -> str:
         """The option as the adapters read it."""
         return ",".join(f"{share.split_gb:.3f}" for share in self.shares)
+
+    @property
+    def used(self) -> int:
+        """How many cards get layers."""
+        return sum(share.layers > 0 for share in self.shares)
 
 
 # Weights -------------------------------------------------------------------------------------------
@@ -841,7 +847,26 @@ def active_share(shape: ModelShape) -> float:
 
 
 def split(setup: Setup, cards: Sequence[Card], tensors: TensorBytes | None = None) -> Split:
-    """Divide a model over cards by layers, in proportion to what each has free after its fixed parts.
+    """Divide a model over the fewest cards on which it fits: those with the most free memory, at least two.
+
+    A card costs scratch memory however few layers it gets, so one that is small or busy can be one too many. The
+    shares are those of all the cards in their order, with nothing for one that is left out.
+    """
+    by_room = sorted(range(len(cards)), key=lambda index: -cards[index].free_bytes)
+    tried: list[Split] = []
+    for count in range(min(2, len(cards)), len(cards) + 1):
+        taken = sorted(by_room[:count])
+        some = _split_over(setup, [cards[index] for index in taken], tensors)
+        shares = dict(zip(taken, some.shares, strict=True))
+        tried.append(replace(some, shares=tuple(shares.get(i, Share(0, 0, 0.0)) for i in range(len(cards)))))
+    order = ("fits", "tight", "does not fit")
+    best = min(order.index(each.verdict.kind) for each in tried)
+    alike = [each for each in tried if order.index(each.verdict.kind) == best]
+    return alike[0] if alike[0].verdict.fits else max(alike, key=lambda each: each.verdict.spare_bytes)
+
+
+def _split_over(setup: Setup, cards: Sequence[Card], tensors: TensorBytes | None) -> Split:
+    """Divide a model over all these cards by layers, in proportion to what each has free after its fixed parts.
 
     The first card also gets the vision tower and the draft model, the last one the output head.
     """
@@ -885,9 +910,11 @@ def place_variant(variant: Variant, cards: Sequence[Card]) -> tuple[str, int]:
 
 def _divide(layers: int, rooms: Sequence[int], per_layer: float) -> list[int]:
     """Whole layers in proportion to the room; what is left over goes where most room remains."""
-    whole = sum(rooms) or 1
-    counts = [int(layers * room / whole) for room in rooms]
-    while sum(counts) < layers:
+    whole = sum(rooms)
+    if not whole:  # nowhere is the right place, and one card is as good as another
+        return [layers, *[0] * (len(rooms) - 1)]
+    counts = [layers * room // whole for room in rooms]
+    while sum(counts) < layers:  # fewer times than there are cards
         left = [room - count * per_layer for room, count in zip(rooms, counts, strict=True)]
         counts[left.index(max(left))] += 1
     return counts
@@ -1035,7 +1062,7 @@ def _draft_of(folder: str, engine: str) -> Setup | None:
         return None
     try:
         found = read_folder(Path(folder).expanduser())
-    except (OSError, ModelFilesDamaged, ValueError, TypeError, AttributeError, ArithmeticError):
+    except (OSError, ModelFilesError, ValueError, TypeError, AttributeError, ArithmeticError):
         return None
     return Setup(found.shape, found.quantization, engine)
 
@@ -1085,17 +1112,67 @@ class Model:
     tensors: TensorBytes
 
 
-def _number(table: Mapping[str, Any], *names: str, default: int = 0) -> int:
-    """The first of these keys that holds a whole number."""
+# The most that a stranger's file may claim: far above any model that is known, far below what arithmetic chokes on.
+# The layers are those of a preset: several formulas count them one by one.
+_MOST = {
+    "layers": 1024, "kv_layers": 1024, "sliding_layers": 1024, "mtp": 1024, "hidden": 1 << 17, "heads": 1 << 12,
+    "kv_heads": 1 << 12, "head_dim": 1 << 14, "intermediate": 1 << 20, "vocab": 1 << 23, "experts": 1 << 14,
+    "experts_used": 1 << 14, "expert_intermediate": 1 << 20, "shared_intermediate": 1 << 20,
+    "sliding_window": 1 << 31, "max_positions": 1 << 31,
+    "depth": 1024, "patch": 1 << 10, "out": 1 << 17, "merge": 1 << 6, "temporal": 1 << 6, "positions": 1 << 24,
+    "mergers": 1024, "merger_hidden": 1 << 20, "window": 1 << 20,
+    "key_heads": 1 << 12, "value_heads": 1 << 12, "key_dim": 1 << 14, "value_dim": 1 << 14, "kernel": 1 << 10,
+}  # fmt: skip
+_AT_LEAST_ONE = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab")
+_MOST_BITS = 32.0
+
+
+def _number(table: Mapping[str, Any], *names: str, default: int = 0, least: int = 0) -> int:
+    """The first of these keys that holds a whole number. Raises ModelFilesDamaged for one below `least`."""
     for name in names:
         value = table.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
+            if value < least:
+                raise ModelFilesDamaged(f"config.json makes no sense: {name} is {_short(value)}.")
             return value
     return default
 
 
+def _short(value: int | float) -> str:
+    """A stranger's number in a sentence. One of thousands of digits is not written out: Python refuses to."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if abs(value) < 10**15 else "huge"
+
+
+def checked_shape(shape: ModelShape, source: str = "config.json") -> ModelShape:
+    """The same shape, as a file of that name gave it. Raises ModelFilesDamaged for a number that no model has."""
+    for part in (shape, shape.linear, shape.vision):
+        for each in fields(part) if part else ():
+            value = getattr(part, each.name)
+            if each.name not in _MOST or (each.name == "merger_hidden" and value == -1):
+                continue
+            least = int((part is shape and each.name in _AT_LEAST_ONE) or each.name == "patch")
+            if not least <= value <= _MOST[each.name]:
+                whose = "its vision tower's " if part is shape.vision else ""
+                raise ModelFilesDamaged(f"{source} makes no sense: {whose}{each.name} is {_short(value)}.")
+    if shape.kv_layers > shape.layers:
+        raise ModelFilesDamaged(f"{source} makes no sense: {shape.kv_layers} of {shape.layers} layers keep a cache.")
+    return shape
+
+
+def stated_bits(value: Any, name: str = "bits") -> float:
+    """Bits per weight as a configuration states them. Raises ModelFilesDamaged for what is none, such as -4 or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= _MOST_BITS:
+        shown = _short(value) if isinstance(value, int | float) else "no number"
+        raise ModelFilesDamaged(f"config.json makes no sense: {name} is {shown}.")
+    return float(value)
+
+
 def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
-    """The shape in a parsed config.json. Raises ModelFilesDamaged where a number that decides memory is missing."""
+    """The shape in a parsed config.json. Raises ModelFilesDamaged where a number that decides memory is missing,
+    or is that of no model.
+    """
     text = {**config, **(config.get("text_config") or {})}
     layers = _number(text, "num_hidden_layers", "n_layers", "n_layer")
     hidden = _number(text, "hidden_size", "d_model", "n_embd")
@@ -1105,10 +1182,11 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         raise ModelFilesDamaged("config.json does not say how many layers, heads and words the model has.")
     architecture = str((config.get("architectures") or [""])[0])
     many = 1 if text.get("multi_query") and not text.get("new_decoder_architecture") else heads
-    types = text.get("layer_types") or []
+    types = text.get("layer_types")
+    types = types if isinstance(types, list) else []
     linear = _linear_config(text)
     inner = _number(text, "intermediate_size", "ffn_hidden_size", "n_inner", default=0)
-    return ModelShape(
+    return checked_shape(ModelShape(
         layers=layers, hidden=hidden, heads=heads,
         kv_heads=_number(text, "num_key_value_heads", "num_kv_heads", default=many),
         head_dim=_number(text, "head_dim", default=hidden // heads),
@@ -1126,12 +1204,12 @@ def shape_of_config(config: Mapping[str, Any]) -> ModelShape:
         max_positions=_number(text, "max_position_embeddings", "max_seq_len", "n_positions"), linear=linear,
         mtp=_number(text, "mtp_num_hidden_layers"),
         vision=_vision_config(config.get("vision_config"), hidden),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _full_layers(text: Mapping[str, Any], types: Sequence[str], layers: int) -> int:
     """Layers with a growing cache: read_qwen3_5_layer_types in exllamav3's architecture/qwen3_5.py."""
-    return types.count("full_attention") or layers // _number(text, "full_attention_interval", default=4)
+    return types.count("full_attention") or layers // _number(text, "full_attention_interval", default=4, least=1)
 
 
 def _linear_config(text: Mapping[str, Any]) -> LinearAttention | None:
@@ -1151,7 +1229,7 @@ def _vision_config(table: Any, text_hidden: int) -> VisionShape | None:
     hidden = _number(table, "embed_dim", "hidden_size", default=1024)
     ratio = _number(table, "mlp_ratio", default=4)
     kind = str(table.get("model_type", ""))
-    patch = _number(table, "patch_size", default=14)
+    patch = _number(table, "patch_size", default=14, least=1)
     side = _number(table, "image_size")
     return VisionShape(
         depth=_number(table, "depth", "num_hidden_layers", default=24), hidden=hidden,
@@ -1169,42 +1247,23 @@ def _vision_config(table: Any, text_hidden: int) -> VisionShape | None:
 def read_folder(folder: Path) -> Model:
     """Describe a folder of safetensors by config.json and the headers of its weights.
 
-    Raises ModelFilesDamaged for files that are not what they should be; OSError as the disk gives it.
+    Raises ModelNotDownloaded where weights are missing, ModelFilesDamaged or ModelFilesUnsafe for files that are not
+    what they should be; OSError as the disk gives it.
     """
-    config = _json((folder / "config.json").read_bytes(), "config.json")
-    shape = shape_of_config(config)
+    shape = shape_of_config(config := read_config(folder))
     sizes: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        sizes.update(safetensors_sizes(path))
+    for name in whole_weights(folder, sorted(os.listdir(folder)), folder.name):
+        sizes.update(safetensors_sizes(folder / name))
     quantization = _folder_quantization(config, sizes, shape)
     return Model(shape, quantization, _by_use(sizes, shape, quantization))
 
 
-def _json(raw: bytes, name: str) -> dict[str, Any]:
-    try:
-        table = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise ModelFilesDamaged(f"{name} is damaged.") from None
-    if not isinstance(table, dict):
-        raise ModelFilesDamaged(f"{name} is damaged: it holds no table.")
-    return table
-
-
 def safetensors_sizes(path: Path) -> dict[str, int]:
-    """Bytes of each tensor by name. Whether the file is whole is library.py's question."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= path.stat().st_size:
-            raise ModelFilesDamaged(f"{path.name} is cut off, or is no safetensors file.")
-        header = _json(file.read(length), path.name)
-    try:
-        return {
-            name: int(entry["data_offsets"][1]) - int(entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise ModelFilesDamaged(f"{path.name} has a damaged header.") from None
+    """Bytes of each tensor by name, of a file whose header library.py has checked.
+
+    Raises ModelFilesDamaged, or ModelFilesUnsafe for another format under this name.
+    """
+    return check_safetensors(path)
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h|blk)\.(\d+)\.")
@@ -1242,12 +1301,12 @@ def _folder_quantization(config: Mapping[str, Any], sizes: Mapping[str, int], sh
     said = config.get("quantization_config") or {}
     layers = sum(size for name, size in sizes.items() if _use(name) == "layers")
     bits = 8 * layers / layer_parameters(shape)
-    head = float(said.get("head_bits") or 6)
+    head = stated_bits(said.get("head_bits") or 6, "head_bits")
     for ending, kind in ((".q_weight", "exl2"), (".trellis", "exl3"), (".qweight", "gptq")):
         if any(name.endswith(ending) for name in sizes):
             if kind == "gptq":
                 group = int(said.get("group_size") or 128)
-                return Quantization(kind, float(said.get("bits") or 4), group=group if group > 0 else shape.hidden)
+                return Quantization(kind, stated_bits(said.get("bits", 4)), group=group if group > 0 else shape.hidden)
             return Quantization(kind, bits, head)
     return Quantization("full", float(min((32, 16, 8), key=lambda b: abs(b - bits))))
 
@@ -1318,6 +1377,10 @@ def gguf_tensors(path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple[int,
             raise ModelFilesDamaged(f"{path.name} is damaged: {error}.") from None
 
 
+def _whole(value: Any, default: int) -> int:
+    return value if isinstance(value, int) else default
+
+
 def _walk_gguf(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, tuple[tuple[int, ...], int]]]:
     if cursor.number("<4s") != b"GGUF":
         raise ValueError("it does not begin like a GGUF file")
@@ -1334,7 +1397,7 @@ def _walk_gguf(cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, tu
         cursor.number("<I")
         found.append((cursor.number("<Q"), name, shape))
     found.sort()
-    start = _up(cursor.at, max(1, _number(values, "general.alignment", default=32)))
+    start = _up(cursor.at, max(1, _whole(values.get("general.alignment"), 32)))
     ends = [offset for offset, _, _ in found[1:]] + [max(0, size - start)]
     return values, {name: (shape, max(0, end - at)) for (at, name, shape), end in zip(found, ends, strict=True)}
 
@@ -1354,9 +1417,11 @@ def read_gguf(path: Path) -> Model:
     if table is None or not of("block_count"):
         raise ModelFilesDamaged(f"{path.name} holds no text model.")
     layers, heads, hidden = of("block_count"), of("attention.head_count", 1), of("embedding_length")
+    if not 0 < layers <= _MOST["layers"]:  # before they are counted one by one
+        raise ModelFilesDamaged(f"{path.name} is damaged: it claims {_short(layers)} layers.")
     cached = sum(f"blk.{i}.attn_k.weight" in tensors or f"blk.{i}.attn_qkv.weight" in tensors for i in range(layers))
     state = of("ssm.time_step_rank")
-    shape = ModelShape(
+    shape = checked_shape(ModelShape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=of("attention.head_count_kv", heads),
         head_dim=of("attention.key_length", hidden // max(1, heads)), intermediate=of("feed_forward_length"),
         vocab=table[0][-1], kv_layers=of("full_attention_interval") and layers // of("full_attention_interval"),
@@ -1365,7 +1430,7 @@ def read_gguf(path: Path) -> Model:
         expert_intermediate=of("expert_feed_forward_length"), max_positions=of("context_length"),
         sliding_window=of("attention.sliding_window"),
         linear=LinearAttention(of("ssm.group_count", 16), state, of("ssm.state_size", 128)) if state else None,
-    )  # fmt: skip
+    ), path.name)  # fmt: skip
     by_use = _by_use({tensor: size for tensor, (_, size) in tensors.items()}, shape, Quantization("gguf", 0))
-    scheme = _FILE_TYPES.get(_number(values, "general.file_type", default=-1), "")
+    scheme = _FILE_TYPES.get(_whole(values.get("general.file_type"), -1), "")
     return Model(shape, Quantization("gguf", 8 * by_use.layers / layer_parameters(shape), scheme=scheme), by_use)

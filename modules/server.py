@@ -19,7 +19,15 @@ from typing import Any
 
 from modules.assistant import Assistant
 from modules.bench import BenchJobs
-from modules.building import MEASURED, build, cards_for_models, engines_for_cards, lock_data, tell_bus_speeds
+from modules.building import (
+    MEASURED,
+    budget_of,
+    build,
+    cards_for_models,
+    engines_for_cards,
+    lock_data,
+    tell_bus_speeds,
+)
 from modules.chats import Chats
 from modules.downloads import Downloads, JobView
 from modules.environments import EngineJobs, Environment, Environments, cards_of
@@ -61,7 +69,7 @@ def serve(settings: Settings) -> int:
     assistant.images.remove_unused(chats.used_images(), older_than_s=86400, now_s=time.time())
     environments = Environments(cards=cards_of(hardware))
     tell_bus_speeds(environments, hardware)
-    here = Here(hardware, environments)
+    here = Here(hardware, environments, budget_of(settings), assistant.held_ram_bytes)
 
     def redraw(*names: str) -> None:
         for name in names if hub else ():

@@ -14,6 +14,7 @@ from modules.errors import SettingsError
 
 GIB = 1 << 30
 ROOT = Path(__file__).resolve().parent.parent
+MAX_CONTEXT = 1 << 22  # tokens; the page's own limit
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         command.add_argument("what", metavar="WHAT", help="A preset's name, or OWNER/NAME@REVISION.")
         command.add_argument("--file", dest="file", default="", metavar="NAME", help="The GGUF file of a repository.")
         command.add_argument("--projector", dest="projector", default="", metavar="NAME", help="Its projector file.")
-    plan.add_argument("--context", dest="context", type=int, default=0, metavar="N", help="Context size in tokens.")
+    plan.add_argument("--context", dest="context", default="", metavar="N", help="Context size in tokens.")
     plan.add_argument("--cache", dest="cache", default="", choices=("FP16", "Q8", "Q6", "Q4"), help="Cache mode.")
     plan.add_argument("--json", dest="as_json", action="store_true", help="Print one object.")
     doctor = commands.add_parser(
@@ -256,7 +257,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         yes=getattr(chosen, "yes", False),
         file=getattr(chosen, "file", ""),
         projector=getattr(chosen, "projector", ""),
-        context=getattr(chosen, "context", 0),
+        context=_number("--context", words, 1, MAX_CONTEXT) if (words := getattr(chosen, "context", "")) else 0,
         cache=getattr(chosen, "cache", ""),
         as_json=getattr(chosen, "as_json", False),
         bench=_bench(chosen) if chosen.command == "bench" else BenchChoice(),

@@ -15,6 +15,7 @@ from typing import Any
 
 from modules import advice, planner
 from modules.advice import Place
+from modules.building import budget_of
 from modules.downloads import Downloads, print_models, print_plan, run_download
 from modules.environments import Environments, cards_of
 from modules.errors import ModelNotDownloaded
@@ -42,8 +43,8 @@ def run(settings: Settings) -> int:
     try:
         if settings.command == "models":
             return terminal.models()
-        place = Here(hardware, Environments(cards=cards_of(hardware))).place()
-        if settings.vram_budget_bytes:
+        place = Here(hardware, Environments(cards=cards_of(hardware)), budget_of(settings)).place()
+        if settings.vram_budget_bytes and not place.cards:  # to be judged for a card that is not here
             place = dataclasses.replace(place, cards=(planner.Card(settings.vram_budget_bytes),))
         if settings.command == "download":
             return terminal.download(asked, sys.stdout.isatty(), place)

@@ -371,3 +371,37 @@ def test_machines_that_people_ask_about() -> None:
         found = recommended(PRESETS[name], known["RTX 4090, 24 GB"])
         assert found
         assert found.variant.title == pick
+
+
+@pytest.mark.parametrize("cards", [(8,), (12,), (16,), (24,), (32,), (48,), (12, 12), (24, 24)])
+@pytest.mark.parametrize("v2", [READY, INSTALLABLE])
+@pytest.mark.parametrize("v3", [READY, INSTALLABLE])
+def test_no_variant_is_said_to_be_worse_and_to_answer_better(cards: tuple[float, ...], v2: str, v3: str) -> None:
+    where = place(*cards, engines={"llamacpp": READY, "exllamav2": v2, "exllamav3": v3})
+    for preset in Presets([ROOT / "presets"]).list():
+        best = recommended(preset, where)
+        for variant in preset.variants:
+            worse = best is not None and f"{variant.title} would fit too, but has lost more" in best.why
+            assert not (worse and best is not None and f"{variant.title} would answer better" in best.why)
+
+
+def test_a_model_made_for_a_long_context_is_offered_all_of_it() -> None:
+    setup = planner.setup_of(own("x", max_position_embeddings=1 << 20))
+    assert largest_context(setup, place(400)) == 1 << 20
+    unknown = replace(setup, shape=replace(setup.shape, max_positions=0))
+    assert largest_context(unknown, place(400)) == 131072
+
+
+def test_a_busy_third_card_takes_nothing_away() -> None:
+    """A 70B at 4 bits on two cards of 24 GB; the third has 0.3 GB left, less than a card costs without a layer."""
+    shape = planner.ModelShape(80, 8192, 64, 8, 128, 28672, 128256, architecture="LlamaForCausalLM")
+    setup = Setup(shape, planner.Quantization("exl2", 4.0), context=8192, cache_mode="Q8")
+    busy = Card(8 * GIB, int(7.7 * GIB))
+    two, large = place(24, 24), Card(24 * GIB)
+    assert judge(setup, two)[1].fits
+    for cards in ((large, large, busy), (busy, large, large), (large, busy, large)):
+        planned, verdict = judge(setup, replace(two, cards=cards))
+        assert verdict.fits and verdict.words.startswith("Over 2 cards") and planned.setup.gpus == 2
+        spread = planner.split(setup, cards)
+        assert [share.layers > 0 for share in spread.shares] == [card is large for card in cards]
+        assert spread.gpu_split.split(",")[cards.index(busy)] == "0.000"

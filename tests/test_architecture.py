@@ -27,8 +27,8 @@ MAX_FUNCTION_LINES, MAX_ARGUMENTS = 70, 7
 ORDER = (
     "messages", "errors", "settings", "presets", "library", "hub", "downloads", "hardware", "planner", "lookup",
     "advice", "shelf", "doctor",
-    "images", "process", "environments", "here", "terminal", "loader", "chats", "prompt", "render", "assets",
-    "assistant", "measured", "bench", "building", "gate", "live", "ui", "commands", "server", "app",
+    "images", "process", "environments", "here", "loader", "chats", "prompt", "render", "assets",
+    "assistant", "measured", "bench", "building", "terminal", "gate", "live", "ui", "commands", "server", "app",
 )  # fmt: skip
 # The engines live in another process, and know only the words they share with it.
 ENGINES_KNOW = ("messages", "errors", "engines")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from modules import building, planner
+from modules.advice import place_of
 from modules.assistant import Assistant
 from modules.chats import Chats
 from modules.hardware import Card, Cpu, Disk, Driver, Machine, Memory, System
@@ -64,6 +65,20 @@ def test_models_get_the_cards_less_a_gigabyte_or_what_was_said() -> None:
     assert [card.free_bytes for card in cards] == [20 * GIB, 11 * GIB]
     assert budget == 20 * GIB
     assert building.cards_for_models(PLAIN, machine()) == ([], 0)
+
+
+def test_advice_counts_with_the_cards_and_the_memory_that_the_loader_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = machine(SMALL, replace(LARGE, free_bytes=6 * GIB, ours_bytes=0))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    chosen = read(["--vram-budget", "8GB", "--memory-budget", "1GB"])
+    found = place_of(several, {}, building.budget_of(chosen))
+    assert [(card.total_bytes, card.free_bytes) for card in found.cards] == [(8 * GIB, 6 * GIB)]
+    assert found.ram_bytes == 1 * GIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [card.free_bytes for card in place_of(several, {}, building.budget_of(chosen)).cards] == [8 * GIB]
+    ample = replace(chosen, memory_budget_bytes=31 * GIB)
+    for held, ram in ((0, 20), (5 * GIB, 25), (90 * GIB, 31)):  # an unload gives back what our own models hold
+        assert place_of(several, {}, building.budget_of(ample), held).ram_bytes == ram * GIB
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import struct
@@ -17,7 +18,9 @@ from modules.downloads import Downloads, Options
 from modules.errors import (
     AccessDenied,
     InvalidRequest,
+    LoadError,
     ModelFilesDamaged,
+    ModelFilesUnsafe,
     ModelNotDownloaded,
     PresetNotFound,
     SourceNotFound,
@@ -25,10 +28,12 @@ from modules.errors import (
 )
 from modules.hub import Ref
 from modules.library import Library
-from modules.lookup import DEFAULT_CONTEXT, HEAD_BYTES, Choices, Found, Lookup
+from modules.lookup import DEFAULT_CONTEXT, EXLLAMAV2_KNOWS, FOLDER, HEAD_BYTES, Choices, Found, Lookup
 from modules.presets import Presets
+from modules.ui.downloads import DownloadsPanel
+from modules.ui.plan import _choices
 
-from .conftest import DEMO
+from .conftest import DEMO, ROOT
 from .hub_server import Hub
 
 CODING = (DEMO / "coding-q8_0.gguf").read_bytes()
@@ -223,7 +228,7 @@ def test_what_cannot_be_a_path_is_refused_in_words(lookup: Lookup, what: str) ->
 
 @pytest.mark.parametrize("raw", [b"", b"GGUF", b"\x80\x04}", CODING[:5000], CODING[:24] + bytes(2000)])
 def test_a_file_that_is_no_model_is_damaged(lookup: Lookup, tmp_path: Path, raw: bytes) -> None:
-    with pytest.raises(ModelFilesDamaged, match=r"x\.gguf"):
+    with pytest.raises((ModelFilesDamaged, ModelFilesUnsafe), match=r"x\.gguf"):
         of_file(lookup, tmp_path / "x.gguf", raw)
 
 
@@ -439,9 +444,34 @@ def test_branches_to_choose_from_where_main_holds_no_weights(lookup: Lookup, hub
 
 def test_one_model_needs_no_choice(lookup: Lookup, hub: Hub) -> None:
     hub.add("maker/plain", folder())
-    hub.add("maker/plain", folder(), "draft")
     assert lookup.choices("maker/plain") == Ref("maker/plain", "main")
+    hub.add("maker/plain", folder(), "draft")
+    assert lookup.choices("maker/plain") == Choices("maker/plain", ("main", "draft"), {})
+    assert lookup.choices("maker/plain", "draft") == Ref("maker/plain", "draft")
     assert asked(hub) == []
+
+
+def test_gguf_files_hide_neither_the_safetensors_beside_them_nor_the_branches(lookup: Lookup, hub: Hub) -> None:
+    hub.add("maker/both", {**folder(), "a-Q8_0.gguf": b"x"})
+    hub.add("maker/both", folder(EXL2), "4_25")
+    found = lookup.choices("maker/both")
+    assert found == Choices("maker/both", ("4_25",), {"a-Q8_0.gguf": 1}, (), "main")
+    assert lookup.find("maker/both@main", FOLDER).setup.quantization.kind == "full"
+    shown = _choices(found)
+    DownloadsPanel(lookup._downloads, lookup._presets).act(f"hub:maker/both@main|{FOLDER}|", "fetch")
+    assert [job.id for job in lookup._downloads.jobs()] == [Ref("maker/both", "main").id]
+    assert 'data-look="maker/both@main" data-file="."' in shown and 'data-look="maker/both@4_25"' in shown
+
+
+def test_weights_in_subfolders_are_named(lookup: Lookup, hub: Hub) -> None:
+    hub.add("maker/deep", {f"Q{n}/a-Q{n}.gguf": b"x" for n in (2, 3, 4, 5)} | {"README.md": b"r"})
+    with pytest.raises(SourceNotFound, match=r"subfolders.*'Q2/a-Q2\.gguf', .* and 1 more"):
+        lookup.choices("maker/deep")
+
+
+def test_a_name_that_turns_its_letters_around_is_shown_as_it_is() -> None:
+    shown = _choices(Choices("maker/odd", ("b\u202e",), {"a\u202efugg.gguf": 1}))
+    assert "a\\u202efugg.gguf <small>" in shown and ">b\\u202e<" in shown
 
 
 @pytest.mark.parametrize(
@@ -457,3 +487,50 @@ def test_a_repository_without_weights(lookup: Lookup, hub: Hub, files: dict[str,
 def test_names_that_are_no_repositories(lookup: Lookup, repo: str) -> None:
     with pytest.raises(TurntableError):
         lookup.choices(repo)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+     ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+     ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "8 bits"),
+     ({"quantization_config": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}}, "marlin"),
+     ({"architectures": ["BertModel"]}, "BertModel"),
+     ({"architectures": ["MambaForCausalLM"], **EXL2}, "MambaForCausalLM")],
+)  # fmt: skip
+def test_a_model_that_no_engine_loads_is_refused(
+    lookup: Lookup, hub: Hub, tmp_path: Path, more: dict[str, Any], why: str
+) -> None:
+    files = folder(more)
+    hub.add("maker/other-kind", files)
+    with pytest.raises(LoadError, match=f"No engine of ours loads maker/other-kind.*{why}"):
+        lookup.find("maker/other-kind@main")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, raw in files.items():
+        (own / name).write_bytes(raw)
+    with pytest.raises(LoadError, match=why):
+        lookup.find(str(own))
+
+
+def test_the_engine_follows_kind_and_architecture(lookup: Lookup, hub: Hub) -> None:
+    for name, more, engine in (
+        ("plain", {}, "exllamav2"), ("new", {"architectures": ["Qwen3_5ForConditionalGeneration"]}, "exllamav3"),
+        ("gptq", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "exllamav2"),
+        ("exl3", {"quantization_config": {"quant_method": "exl3", "bits": 4}}, "exllamav3"),
+    ):  # fmt: skip
+        hub.add(f"maker/{name}", folder(more))
+        assert lookup.find(f"maker/{name}@main").setup.engine == engine
+
+
+def test_the_list_of_architectures_is_the_engines_own() -> None:
+    """Read as text: the engine's file imports a library that is not in this environment."""
+    source = ast.parse((ROOT / "modules" / "engines" / "exllamav2.py").read_text(encoding="utf-8"))
+    named = [
+        node.value for node in source.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == "ARCHITECTURES" and isinstance(node.value, ast.Call)
+    ]  # fmt: skip
+    [call] = named
+    assert isinstance(call.func, ast.Attribute)
+    assert frozenset(ast.literal_eval(call.func.value).split()) == EXLLAMAV2_KNOWS

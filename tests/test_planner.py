@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.errors import ModelFilesDamaged
+from modules.errors import ModelFilesDamaged, ModelNotDownloaded
 from modules.hardware import Card as SeenCard
 from modules.hardware import Cpu, Disk, Driver, Machine, Memory, System
 from modules.planner import (
@@ -60,6 +61,7 @@ from modules.planner import (
     shape_of_config,
     split,
     state_bytes,
+    stated_bits,
     tokens_per_second,
     vision_bytes,
     weight_bytes,
@@ -1027,3 +1029,87 @@ def test_the_cards_of_a_machine_as_a_plan_sees_them() -> None:
     cards = cards_of(machine)
     assert cards == [Card(24 * GIB, 10 * GIB, 5 * GIB), Card(24 * GIB, 10 * GIB, 0)]
     assert [card.free_bytes for card in cards] == [19 * GIB, 14 * GIB]
+
+
+SANE = {
+    "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1000, "intermediate_size": 128, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [({"num_hidden_layers": 10**10}, "layers is 10000000000"), ({"hidden_size": 10**6}, "hidden is 1000000"),
+     ({"num_hidden_layers": -4}, "num_hidden_layers is -4"), ({"hidden_size": -4096}, "hidden_size is -4096"),
+     ({"max_position_embeddings": -5}, "max_position_embeddings is -5"), ({"vocab_size": 10**5000}, "vocab is huge"),
+     ({"num_key_value_heads": 0}, "kv_heads is 0"),
+     ({"full_attention_interval": 0, "linear_num_value_heads": 4}, "full_attention_interval is 0"),
+     ({"linear_num_value_heads": 4, "linear_key_head_dim": 10**9}, "key_dim"),
+     ({"linear_num_value_heads": 4, "layer_types": ["full_attention"] * 9}, "9 of 4 layers"),
+     ({"vision_config": {"patch_size": 0}}, "patch_size is 0"), ({"vision_config": {"depth": 10**9}}, "depth")],
+)  # fmt: skip
+def test_figures_of_no_model_are_refused(more: dict[str, object], named: str) -> None:
+    assert shape_of_config(SANE).layers == 4
+    with pytest.raises(ModelFilesDamaged, match=named):
+        shape_of_config(SANE | more)
+
+
+@pytest.mark.parametrize("bits", [-4, 0, 1e9, math.nan, math.inf, True, "4"])
+def test_bits_of_no_quantization_are_refused(bits: object) -> None:
+    with pytest.raises(ModelFilesDamaged, match="bits is"):
+        stated_bits(bits)
+    assert stated_bits(4) == stated_bits(4.0) == 4
+
+
+def test_layers_that_fit_nowhere_are_divided_at_once() -> None:
+    """The work grows with the cards and not with the layers: so many one by one would take hours."""
+    full = Card(24 * GIB, 24 * GIB)
+    shape = replace(PHI4, layers=10**10)
+    spread = split(Setup(shape, Quantization("full", 16.0)), [full, full])
+    assert sum(share.layers for share in spread.shares) == 10**10
+    assert not spread.verdict.fits
+
+
+def test_a_gguf_with_figures_of_no_model_is_refused(tmp_path: Path) -> None:
+    table = [("token_embd.weight", (64, 100), 25600)]
+    for key, number in (("block_count", 2**32 - 1), ("embedding_length", 2**31), ("context_length", 2**32 - 1)):
+        said = {"block_count": 4, "embedding_length": 64, "attention.head_count": 4, "feed_forward_length": 128}
+        said[key] = number
+        values = [("general.architecture", 8, text("llama")), *(u32(f"llama.{k}", n) for k, n in said.items())]
+        with pytest.raises(ModelFilesDamaged):
+            read_gguf(gguf(tmp_path / "m.gguf", values, table))
+
+
+def test_a_header_is_not_read_before_its_length_is_checked(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, ".weight", {})
+    with (folder / "output.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", (3 << 30) - 8))
+        file.truncate(3 << 30)  # a hole: takes no disk
+    with pytest.raises(ModelFilesDamaged, match="header has"):
+        read_folder(folder)
+    (folder / "config.json").write_text(json.dumps(SMALL_CONFIG | {"filler": "x" * (5 << 20)}))
+    with pytest.raises(ModelFilesDamaged, match="larger than"):
+        read_folder(folder)
+
+
+def test_tensors_that_end_before_they_begin_are_refused(tmp_path: Path) -> None:
+    raw = json.dumps({"model.layers.0.a.weight": {"dtype": "F16", "shape": [1], "data_offsets": [10**12, 0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    with pytest.raises(ModelFilesDamaged, match="makes no sense"):
+        safetensors_sizes(path)
+
+
+def test_a_folder_without_all_its_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    with pytest.raises(ModelNotDownloaded, match=r"no \*.safetensors"):
+        read_folder(tmp_path)
+    safetensors(tmp_path / "model-00001-of-00002.safetensors", {"model.norm.weight": 128})
+    with pytest.raises(ModelNotDownloaded, match="model-00002-of-00002"):
+        read_folder(tmp_path)
+    safetensors(tmp_path / "model-00002-of-00002.safetensors", {"model.layers.0.mlp.up_proj.weight": 8192})
+    assert read_folder(tmp_path).tensors.layers == 8320
+    named = {"weight_map": {"model.norm.weight": "other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(named))
+    with pytest.raises(ModelNotDownloaded, match="no file other"):
+        read_folder(tmp_path)

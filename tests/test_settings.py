@@ -76,3 +76,10 @@ def test_engines_and_whether_they_are_installed_unasked():
     assert read(["--install-engines", "auto"], {"TURNTABLE_INSTALL_ENGINES": "no"}).install_engines
     with pytest.raises(SettingsError, match="use auto or no"):
         read(["--install-engines", "always"], {})
+
+
+@pytest.mark.parametrize("context", ["-5", "0", "99999999999", "many"])
+def test_a_context_is_a_positive_number(context: str) -> None:
+    with pytest.raises(SettingsError, match="--context"):
+        read(["plan", "reasoning", f"--context={context}"], {})
+    assert read(["plan", "reasoning", "--context=4096"], {}).context == 4096

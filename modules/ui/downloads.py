@@ -13,6 +13,7 @@ from typing import Any
 from modules.downloads import RUNNING, Downloads, JobView, progress_line
 from modules.errors import InvalidRequest
 from modules.hub import Ref
+from modules.lookup import FOLDER
 from modules.presets import Presets
 
 WORDS = {
@@ -42,7 +43,7 @@ class DownloadsPanel:
             self._downloads.start(self._ref(name))
         elif action == "fetch":
             repo, file, projector = (*name.removeprefix("hub:").split("|"), "", "")[:3]
-            self._downloads.start(Ref.parse(repo, file, projector))
+            self._downloads.start(Ref.parse(repo, "" if file == FOLDER else file, projector))
         elif action == "pause":
             self._downloads.pause(name)
         elif action == "resume":

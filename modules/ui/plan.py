@@ -20,7 +20,7 @@ from modules.advice import Place
 from modules.assistant import Assistant
 from modules.errors import InvalidRequest
 from modules.hub import Ref
-from modules.lookup import Choices, Found, Lookup, found_of
+from modules.lookup import FOLDER, Choices, Found, Lookup, found_of
 from modules.planner import Plan, Quantization, Setup, Verdict
 from modules.presets import CACHE_MODES, Preset, Shape, Variant, dumps
 from modules.ui.bars import VERDICTS, bar, command, gb, legend, options
@@ -207,24 +207,40 @@ def _form(own: Setup, setup: Setup) -> dict[str, Any]:
 
 
 def _choices(found: Choices) -> str:
-    repo = html.escape(found.repo)
-    if found.files:
-        rows = sorted(found.files.items(), key=lambda item: item[1])[:MOST_CHOICES]
-        buttons = "".join(
-            f'<button type="button" data-look="{repo}" data-file="{html.escape(name)}">{html.escape(name)} '
-            f"<small>{gb(size)}</small></button>"
-            for name, size in rows
-        )
-        pictures = ""
-        if found.projectors:
-            choices = [("", "without pictures"), *((name, f"with {name}") for name in found.projectors)]
-            pictures = f"<label>Pictures <select id='look-projector'>{options(choices, found.projectors[0])}</select></label>"
-        return f"<p>{repo} holds several files. Which one?</p>{pictures}<div class='choices'>{buttons}</div>"
-    buttons = "".join(
-        f'<button type="button" data-look="{repo}@{html.escape(branch)}">{html.escape(branch)}</button>'
+    repo, plain = html.escape(found.repo), html.escape(found.repo.partition("@")[0])
+    branches = "".join(
+        f'<button type="button" data-look="{plain}@{html.escape(branch)}">{_visible(branch)}</button>'
         for branch in found.branches[:MOST_CHOICES]
     )
-    return f"<p>{repo} holds its weights on branches. Which one?</p><div class='choices'>{buttons}</div>"
+    if not found.files:
+        return f"<p>{repo} holds its weights on branches. Which one?</p><div class='choices'>{branches}</div>"
+    rows = sorted(found.files.items(), key=lambda item: item[1])[:MOST_CHOICES]
+    buttons = "".join(
+        f'<button type="button" data-look="{repo}" data-file="{html.escape(name)}">{_visible(name)} '
+        f"<small>{gb(size)}</small></button>"
+        for name, size in rows
+    )
+    if found.folder:
+        at = html.escape(found.folder)
+        buttons += (
+            f'<button type="button" data-look="{plain}@{at}" data-file="{FOLDER}">'
+            f"the folder at {_visible(found.folder)}</button>"
+        )
+    pictures = ""
+    if found.projectors:
+        choices = [("", "without pictures"), *((name, f"with {_plain(name)}") for name in found.projectors)]
+        pictures = f"<label>Pictures <select id='look-projector'>{options(choices, found.projectors[0])}</select></label>"
+    more = f"<p>It has other branches, too.</p><div class='choices'>{branches}</div>" if branches else ""
+    return f"<p>{repo} holds several files. Which one?</p>{pictures}<div class='choices'>{buttons}</div>{more}"
+
+
+def _plain(name: str) -> str:
+    """A foreign name as it is seen: a control character, such as one that turns the order of letters, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _visible(name: str) -> str:
+    return html.escape(_plain(name))
 
 
 def _advice(found: Found, planned: Plan, place: Place, tensors: Any) -> list[str]:
