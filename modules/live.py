@@ -159,6 +159,14 @@ class WatchedPanel(Panel, Protocol):
 Answerer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # blocks; raises TurntableError, or ValueError for nonsense
 
 
+async def _received(socket: WebSocket) -> str | None:
+    """The next line of a page; None once we have closed its socket ourselves. Raises WebSocketDisconnect."""
+    try:
+        return await socket.receive_text()
+    except RuntimeError:  # closed by close() or by the writer, while a line of the page was being handled
+        return None
+
+
 class _Page:
     """One browser tab."""
 
@@ -347,8 +355,8 @@ class Live:
         try:
             page.push(self._status_frame())
             page.push(await run_in_threadpool(self._list_frame))
-            while True:
-                await self._handle(page, await socket.receive_text())
+            while (line := await _received(socket)) is not None:
+                await self._handle(page, line)
         except WebSocketDisconnect:
             pass
         finally:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from modules.assistant import Assistant
 from modules.chats import Chats
@@ -56,4 +59,32 @@ def test_every_question_is_answered_whatever_goes_wrong(tmp_path, make_loader) -
             bug = ask(f"d{turn}", what="bug", by=0)
             assert (bug["t"], bug["message"]) == ("error", "The server could not answer that.")
         assert ask("e", long=1)["html"] == "x"
+    assistant.close()
+
+
+def test_a_page_that_was_closed_by_us_while_it_was_heard_ends_quietly(tmp_path, make_loader) -> None:
+    assistant = Assistant(
+        Presets([ROOT / "presets"]), Library(tmp_path / "models", DEMO), make_loader(8 << 30),
+        Chats(tmp_path / "chats.db"), Images(tmp_path / "images"), {"llamacpp": LLAMA},
+    )  # fmt: skip
+    live, closed = Live(assistant), threading.Event()
+
+    async def close_in_between(page, said) -> None:
+        await live.close()
+        closed.set()
+
+    live._do_open = close_in_between  # what happens while a line is handled
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        live.start()
+        yield
+
+    app = Starlette(routes=live.routes(), lifespan=lifespan)
+    with TestClient(app) as client, client.websocket_connect("/live") as page:
+        page.send_json({"do": "open", "preset": "assistant"})
+        with pytest.raises(WebSocketDisconnect):
+            while True:
+                page.receive_json()
+    assert closed.is_set()
     assistant.close()
