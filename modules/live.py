@@ -413,15 +413,22 @@ class Live:
         frame: dict[str, Any] = {"t": "chat", "preset": preset, "chat": chat, "messages": [], "earlier": False}
         if chat is not None:
             try:
-                found = await run_in_threadpool(self._assistant.messages, chat, None, PAGE_MESSAGES + 1)
+                frame |= await run_in_threadpool(self._read, chat)
                 await run_in_threadpool(self._assistant.chats.get, chat)
             except TurntableError:
                 page.shows[preset] = None
                 raise
-            frame["earlier"] = len(found) > PAGE_MESSAGES
-            frame["messages"] = await run_in_threadpool(lambda: [self._message(m) for m in found[-PAGE_MESSAGES:]])
+            if any(m["state"] == "running" for m in frame["messages"]) and self._assistant.job(chat) is None:
+                # It ended while it was read, and its last frame went out before this one.
+                frame |= await run_in_threadpool(self._read, chat)
             self._attach(frame, chat)
         page.push(json.dumps(frame))
+
+    def _read(self, chat: str) -> dict[str, Any]:
+        """The last messages, rendered, and whether there are earlier ones."""
+        found = self._assistant.messages(chat, None, PAGE_MESSAGES + 1)
+        shown = [self._message(m) for m in found[-PAGE_MESSAGES:]]
+        return {"messages": shown, "earlier": len(found) > PAGE_MESSAGES}
 
     def _attach(self, frame: dict[str, Any], chat: str) -> None:
         """The answer in progress as shown now; later frames continue from exactly here."""

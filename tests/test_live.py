@@ -20,7 +20,7 @@ from modules.library import Library
 from modules.live import MOST_ASKED, Live
 from modules.presets import Presets
 
-from .conftest import DEMO, LLAMA, ROOT
+from .conftest import DEMO, FAKE, LLAMA, ROOT, eventually
 
 
 def answer(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,4 +87,44 @@ def test_a_page_that_was_closed_by_us_while_it_was_heard_ends_quietly(tmp_path, 
             while True:
                 page.receive_json()
     assert closed.is_set()
+    assistant.close()
+
+
+def test_an_answer_that_ends_while_its_conversation_is_read_is_shown_whole(tmp_path, make_loader) -> None:
+    """As on a busy machine: the answer is complete between the reading of the messages and the frame that has them."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "quick.plan").write_text("{}")
+    (tmp_path / "own" / "quick.toml").write_text(
+        'title = "Quick"\ntask = "assistant"\n[[variants]]\ntitle = "Fake"\nengine = "fake"\ncontext = 4096\n'
+        f'path = "{tmp_path / "quick.plan"}"\n'
+    )
+    assistant = Assistant(
+        Presets([ROOT / "presets", tmp_path / "own"], ["fake"]), Library(tmp_path / "models", DEMO),
+        make_loader(8 << 30), Chats(tmp_path / "chats.db"), Images(tmp_path / "images"), {"fake": FAKE},
+    )  # fmt: skip
+    live, plain, slow = Live(assistant), assistant.messages, threading.Event()
+
+    def messages(chat: str, before: int | None, limit: int):
+        found = plain(chat, before, limit)
+        if not slow.is_set() and found and found[-1].state == "running":
+            slow.set()
+            eventually(lambda: assistant.job(chat) is None, 20)
+        return found
+
+    assistant.messages = messages
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        live.start()
+        yield
+
+    app = Starlette(routes=live.routes(), lifespan=lifespan)
+    with TestClient(app) as client, client.websocket_connect("/live") as page:
+        page.send_json({"do": "send", "preset": "quick", "text": "say 3", "ref": 1})
+        while (frame := page.receive_json())["t"] != "chat":
+            pass
+    assert slow.is_set()
+    answer = frame["messages"][-1]
+    assert (answer["role"], answer["state"]) == ("assistant", "done")
+    assert "w0 w1 w2" in answer["html"]
     assistant.close()

@@ -106,6 +106,7 @@
     end(f) {
       logsOf(f.chat).forEach(log => {
         const old = $(`.bot[data-id="${f.message.id}"]`, log), near = atEnd(log);
+        if (!old && f.streamed) return; // it ended before this conversation was drawn; that brings its text
         if (old) finish(old, f.message, !f.streamed); else log.append(message(f.message));
         state(log.dataset.preset, false);
         if (log.dataset.preset === current && f.message.stats) speed({ ...f.message.stats, context: f.message.context });
