@@ -31,6 +31,7 @@ from modules.messages import Delta, Failed, Finished, Loading, Prefill, Queued
 PAGE_MESSAGES = 24
 TICK_S = 0.05  # at most 20 frames a second for one answer
 MOST_ASKED = 4  # questions of one page that wait for their answer; the hub is asked for some
+MOST_ENDED = 256
 MOST_WAITING = 64  # frames kept for a slow page before it is given the whole state instead
 SLOW_S = 60.0
 log = logging.getLogger("turntable.live")
@@ -201,6 +202,7 @@ class Live:
         self._panels_changed: set[str] = set()
         self._pages: set[_Page] = set()
         self._answers: dict[str, _Answer] = {}
+        self._ended: dict[int, tuple[str, int]] = {}  # note and context of the latest answers, which are not stored
         self._loop: asyncio.AbstractEventLoop | None = None
         self._poked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -306,6 +308,9 @@ class Live:
         """The last frame. The pages have the text already; drawing a long one once more would stall them."""
         job = answer.job
         del self._answers[job.id]
+        self._ended[job.message.id] = (job.note, job.context)
+        while len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
         message = self._message(job.message, job, with_text=False)
         message |= {"html": bool(job.text()), "think": bool(job.text("reasoning"))}
         self._to_chat(job.chat, json.dumps({"t": "end", "chat": job.chat, "message": message, "streamed": True}))
@@ -515,6 +520,7 @@ class Live:
 
     def _message(self, m: ChatMessage, job: Job | None = None, with_text: bool = True) -> dict[str, Any]:
         """One stored message, rendered."""
+        note, context = (job.note, job.context) if job else self._ended.get(m.id, ("", 0))
         if not with_text:
             html, think = "", ""
         elif m.role == "user":
@@ -525,7 +531,7 @@ class Live:
             "id": m.id, "seq": m.seq, "role": m.role, "state": m.state, "error": m.error, "images": list(m.images),
             "html": html, "think": think,
             "variant": m.variant, "stats": self._stats(m),
-            "note": job.note if job else "", "context": job.context if job else 0,
+            "note": note, "context": context,
         }  # fmt: skip
 
     def _stats(self, m: ChatMessage) -> dict[str, float] | None:

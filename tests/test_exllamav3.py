@@ -471,7 +471,7 @@ def test_two_answers_share_the_batch_and_one_waits_where_there_is_one_place(open
     order = side_by_side(opened(spec_of(models / "fp16", parallel=2)), 2)
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert set(order) == {0, 1}
-    assert changes > 10
+    assert changes > 2  # one after the other would be 1
     order = side_by_side(opened(spec_of(models / "fp16", parallel=1)), 2)
     assert set(order) == {0, 1}
     assert sum(a != b for a, b in itertools.pairwise(order)) == 1

@@ -172,8 +172,10 @@ def test_what_was_asked_of_a_lost_connection_is_given_up_and_the_next_plan_comes
         drive.page.fill("#look-repo", "maker/model-exl2")
         drive.page.keyboard.press("Enter")
         drive.page.wait_for_selector("#look-page >> text=Asking")
-        drive.page.evaluate("document.dispatchEvent(new Event('turntable-closed'))")  # as page.js says it
-        drive.page.wait_for_selector("#look-page .oops >> text=The connection was lost.")
+        drive.page.wait_for_function(  # as page.js says it
+            "() => { document.dispatchEvent(new Event('turntable-closed'));"
+            " return document.querySelector('#look-page').textContent.includes('The connection was lost.') }"
+        )
     finally:
         hub.silent.clear()
     drive.page.locator(".variants [data-plan]").first.click()
