@@ -109,9 +109,14 @@ export TURNTABLE_CHROMIUM
 
 step ruff "${run[@]}" ruff check .
 step mypy "${run[@]}" mypy
-# A file's tests stay together, because they share servers and engines. More than two files at once would disturb those
-# that look at how long something takes.
-step pytest "${run[@]}" pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+# A file's tests stay together, because they share servers and engines. What fails beside another file on a busy machine
+# is run once more, alone, and named: only what fails then as well has failed.
+tests() {
+    "${run[@]}" pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered && return
+    printf '\n== what failed, once more and alone\n'
+    "${run[@]}" pytest --last-failed --last-failed-no-failures none -v
+}
+step pytest tests
 step docs "$venv/bin/python" docs/readme.py --check
 
 if [[ ${#failed[@]} -gt 0 ]]; then
