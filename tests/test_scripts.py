@@ -273,7 +273,8 @@ def test_whatever_fails_the_rest_is_checked_and_the_whole_fails(checked: Tree, f
     done = checked.run("test.sh", FAILING=failing)
     assert done.returncode == 1
     called = [call[0] for call in calls(done)]  # the tests that failed are run once more, alone
-    assert called == ["ruff.py", "mypy.py", "pytest.py", *(["pytest.py"] if failing == "pytest.py" else []), "readme.py"]
+    again = ["pytest.py"] if failing == "pytest.py" else []
+    assert called == ["ruff.py", "mypy.py", "pytest.py", *again, "readme.py"]
     said = failing.replace(".py", "").replace("readme", "docs")
     assert done.stdout.endswith(f"\nFailed: {said}\n")
 
